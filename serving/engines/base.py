@@ -1,0 +1,78 @@
+"""The seam between the product and whatever runs the model. A new engine is one file that fills this in."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "eos", "length", "abort"]
+
+
+class EngineError(RuntimeError):
+    """The engine can't serve a request. The message names the version and the way out."""
+
+
+class UnknownVersion(EngineError):
+    """A request named a version that isn't loaded."""
+
+
+class PromptTooLong(EngineError):
+    """The prompt, or the prompt and the tokens asked for, exceed the context."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. Logprobs are the policy's own, before temperature and truncation."""
+
+    temperature: float = 0.7
+    top_p: float = 1.0
+    max_tokens: int = 512
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """`token_ids`: the whole context. `stop`: generation ends with the token that completes one of these strings."""
+
+    token_ids: list[int]
+    version: str
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenChunk:
+    """New tokens with one natural logprob each. The last chunk of a request has a `finish_reason`.
+
+    The end-of-turn token is never among `token_ids`; the tokens that complete a stop string are.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    version: str
+    finish_reason: FinishReason | None = None
+
+
+class Engine(Protocol):
+    """Closing the iterator that `generate` returned (`aclose`) aborts the request."""
+
+    @property
+    def context_length(self) -> int: ...
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]: ...
+
+    async def load(self, version: str, path: Path | None) -> None:
+        """Make a version answer: `path` is its folder of adapter files, or None for the bare base model."""
+        ...
+
+    async def unload(self, version: str) -> None:
+        """Forget a version; its requests in flight end first."""
+        ...
+
+    def loaded(self) -> list[str]: ...
+
+    async def health(self) -> dict[str, object]: ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,127 @@
+"""What the agent emits while it answers (events), and what is left when it is done (steps, a trajectory)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+ActionKind = Literal["code", "search", "answer", "invalid"]
+StopReason = Literal["answer", "no_answer", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a tool returned: `text` is what the policy reads; `artifact` (sources, files, backend) is for people."""
+
+    tool: str
+    text: str
+    error: bool = False
+    artifact: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One generation, and the observation that followed it.
+
+    `token_ids`, `logprobs` and `mask` are parallel: first the policy's own tokens (mask 1), then the observation's
+    (mask 0, logprob 0.0). `text` is the policy's own text; `action` and `input` are what it closed with.
+    """
+
+    index: int
+    token_ids: list[int]
+    logprobs: list[float]
+    mask: list[int]
+    version: str
+    text: str
+    action: ActionKind
+    input: str
+    thought: str = ""
+    observation: Observation | None = None
+    well_formed: bool = True
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """All steps of one answer. `completion_ids` and its parallels are the steps' joined; nothing is re-tokenised."""
+
+    prompt_ids: list[int]
+    steps: list[Step]
+    answer: str
+    stop_reason: StopReason
+    version: str
+
+    @property
+    def completion_ids(self) -> list[int]:
+        return [t for step in self.steps for t in step.token_ids]
+
+    @property
+    def logprobs(self) -> list[float]:
+        return [p for step in self.steps for p in step.logprobs]
+
+    @property
+    def mask(self) -> list[int]:
+        return [m for step in self.steps for m in step.mask]
+
+    @property
+    def own_tokens(self) -> int:
+        return sum(self.mask)
+
+    @property
+    def tool_calls(self) -> int:
+        return sum(step.action in ("code", "search") for step in self.steps)
+
+    @property
+    def tool_errors(self) -> int:
+        return sum(bool(step.observation and step.observation.error) for step in self.steps)
+
+    @property
+    def well_formed(self) -> bool:
+        """The strict format of the paper: only think blocks, actions and whitespace, and it ends in an answer."""
+        return self.stop_reason == "answer" and all(step.well_formed for step in self.steps)
+
+
+# Events, in the order in which they can come: (Thinking* ToolCall ToolResult StepDone)* Thinking* AnswerText* StepDone Done
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """More text of the current think block."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """An action closed; the tool starts now."""
+
+    tool: Literal["code", "search"]
+    input: str
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    observation: Observation
+
+
+@dataclass(frozen=True)
+class AnswerText:
+    """More text of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """A step is complete: time to write it to the store."""
+
+    step: Step
+
+
+@dataclass(frozen=True)
+class Done:
+    trajectory: Trajectory
+
+
+Event = Thinking | ToolCall | ToolResult | AnswerText | StepDone | Done

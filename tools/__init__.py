@@ -1,0 +1,1 @@
+"""What the policy can do besides writing: run Python in a sandbox, and search."""
