@@ -46,7 +46,8 @@ class GenerateRequest:
 class TokenChunk:
     """New tokens with one natural logprob each. The last chunk of a request has a `finish_reason`.
 
-    The end-of-turn token is never among `token_ids`; the tokens that complete a stop string are.
+    What the policy drew is all there, exactly: the tokens that complete a stop string, and the end-of-turn token
+    (`finish_reason` "eos"), which learning must see too.
     """
 
     token_ids: list[int]

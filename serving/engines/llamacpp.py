@@ -1,0 +1,202 @@
+"""The embedded engine: llama.cpp's own server, in process (xllamacpp), one server a version.
+
+A version's server maps the same base file, so a second version costs its KV cache and its adapter. Requests are
+batched continuously over `slots`; what exceeds them waits its turn here. Chosen by measurement, see docs/engines.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from serving.engines.base import EngineError, FinishReason, GenerateRequest, PromptTooLong, TokenChunk, UnknownVersion
+from serving.engines.gguf_export import UnsupportedModel, write_adapter
+from serving.model import BaseModel
+
+_FINISH: dict[str, FinishReason] = {"eos": "eos", "word": "stop", "limit": "length", "none": "abort"}
+
+
+@dataclass
+class _Served:
+    """One version's server. `slots` bounds what is sent to it at once; `busy` counts what is in flight."""
+
+    server: Any
+    url: str
+    client: httpx.AsyncClient
+    slots: asyncio.Semaphore
+    busy: int = 0
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.idle.set()
+
+
+class LlamaCppEngine:
+    """`context`: tokens a request may hold, prompt and answer. Memory a version: about 46 kB x slots x context
+    for SmolLM2-135M (its KV cache in float16), 190 MB at the defaults."""
+
+    def __init__(self, base: BaseModel, slots: int = 4, context: int = 2048, threads: int | None = None) -> None:
+        self.base = base
+        self.slots = slots
+        self._context = context
+        self._threads = threads or _cores()
+        self._served: dict[str, _Served] = {}
+        self._loading = asyncio.Lock()
+
+    @property
+    def context_length(self) -> int:
+        return self._context
+
+    def loaded(self) -> list[str]:
+        return list(self._served)
+
+    async def load(self, version: str, path: Path | None) -> None:
+        """Start the version's server (about half a second). Loading a loaded version does nothing.
+
+        Raises EngineError when the adapter is corrupt or of another base; versions already loaded are unharmed.
+        """
+        async with self._loading:
+            if version not in self._served:
+                self._served[version] = await asyncio.to_thread(self._start, version, path)
+
+    async def unload(self, version: str) -> None:
+        served = self._served.pop(version, None)
+        if served is not None:
+            await served.idle.wait()
+            await served.client.aclose()
+            await asyncio.to_thread(served.__dict__.pop, "server")  # its destructor joins the server's threads
+
+    async def close(self) -> None:
+        for version in self.loaded():
+            await self.unload(version)
+
+    async def health(self) -> dict[str, object]:
+        answers = {}
+        for version, served in list(self._served.items()):
+            try:
+                answers[version] = (await served.client.get("/health", timeout=5)).status_code == 200
+            except httpx.HTTPError:
+                answers[version] = False
+        return {"ok": bool(answers) and all(answers.values()), "engine": "llama.cpp", "versions": answers}
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
+        served = self._served.get(request.version)
+        if served is None:
+            raise UnknownVersion(f"Version {request.version!r} isn't loaded; loaded are: {', '.join(self._served)}.")
+        room = self._context - len(request.token_ids)
+        if room < 1:
+            raise PromptTooLong(
+                f"The prompt has {len(request.token_ids)} tokens; the context holds {self._context}. Shorten it."
+            )
+        if not request.token_ids:
+            raise EngineError("The prompt is empty.")
+        served.busy += 1
+        served.idle.clear()
+        try:
+            async with served.slots:
+                async for chunk in self._stream(served, request, min(request.sampling.max_tokens, room)):
+                    yield chunk
+        finally:
+            served.busy -= 1
+            if not served.busy:
+                served.idle.set()
+
+    async def _stream(self, served: _Served, request: GenerateRequest, limit: int) -> AsyncIterator[TokenChunk]:
+        sampling = request.sampling
+        body = {
+            "prompt": request.token_ids, "n_predict": limit, "stop": list(request.stop), "stream": True,
+            "samplers": ["top_p", "temperature"], "temperature": sampling.temperature, "top_p": sampling.top_p,
+            "seed": sampling.seed if sampling.seed is not None else secrets.randbits(31),
+            "return_tokens": True, "n_probs": 1, "cache_prompt": True,
+        }  # fmt: skip
+        try:
+            async with served.client.stream("POST", "/completion", json=body) as response:
+                if response.status_code != 200:
+                    raise _refused(request, response.status_code, (await response.aread()).decode(errors="replace"))
+                async for event in _events(response):
+                    if "error" in event:
+                        raise EngineError(f"Version {request.version!r} failed: {event['error']}")
+                    yield TokenChunk(
+                        event.get("tokens", []),
+                        [entry["logprob"] for entry in event.get("completion_probabilities", [])],
+                        request.version,
+                        _FINISH[event["stop_type"]] if event.get("stop") else None,
+                    )
+                    if event.get("stop"):
+                        return
+        except httpx.HTTPError as error:
+            raise EngineError(f"The engine of version {request.version!r} doesn't answer: {error!r}") from error
+        raise EngineError(f"The engine of version {request.version!r} stopped in mid-answer.")
+
+    def _start(self, version: str, path: Path | None) -> _Served:
+        import xllamacpp
+
+        key = secrets.token_urlsafe(16)  # its port is on loopback, but other users of the machine share that
+        params = xllamacpp.CommonParams()
+        params.model.path = str(self.base.gguf)
+        params.n_parallel = self.slots
+        params.n_ctx = self.slots * self._context
+        params.kv_unified = False  # measured: a fifth slower when slots share one cache
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = self._threads
+        params.n_threads_http = self.slots + 2
+        params.cache_ram_mib = 0
+        params.verbosity = -1
+        params.warmup = False
+        params.api_keys = [key]
+        try:
+            if path is not None:
+                adapter = xllamacpp.CommonAdapterLoraInfo(str(adapter_gguf(path, self.base)), 1.0)
+                params.lora_adapters = [adapter]
+            server = xllamacpp.Server(params)
+        except (RuntimeError, ValueError, OSError, KeyError) as error:
+            raise EngineError(f"Version {version!r} can't be loaded from {path or self.base.gguf}: {error}") from error
+        client = httpx.AsyncClient(
+            base_url=server.listening_address,
+            headers={"Authorization": f"Bearer {key}"},
+            timeout=httpx.Timeout(10, read=None),
+            # The server closes idle connections without a word; a fresh one a request costs well under a millisecond.
+            limits=httpx.Limits(max_keepalive_connections=0),
+        )
+        return _Served(server, server.listening_address, client, asyncio.Semaphore(self.slots))
+
+
+def adapter_gguf(path: Path, base: BaseModel) -> Path:
+    """The version folder's adapter as GGUF, written beside it on first use."""
+    gguf = path / "adapter.gguf"
+    if not gguf.exists():
+        if not (path / "adapter_model.safetensors").exists():
+            raise UnsupportedModel(f"{path} holds no adapter_model.safetensors")
+        with contextlib.suppress(PermissionError):  # a read-only installation: fall through to the cache
+            write_adapter(path, base.hf_dir, gguf)
+            return gguf
+        gguf = base.gguf.parent / f"{path.name}.gguf"
+        write_adapter(path, base.hf_dir, gguf)
+    return gguf
+
+
+def _refused(request: GenerateRequest, status: int, text: str) -> EngineError:
+    if "context size" in text or "exceed_context" in text:
+        return PromptTooLong(f"The prompt has {len(request.token_ids)} tokens, more than the context holds.")
+    return EngineError(f"The engine of version {request.version!r} refused the request ({status}): {text[:300]}")
+
+
+async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    async for line in response.aiter_lines():
+        if line.startswith("data: ") and line != "data: [DONE]":
+            yield json.loads(line[6:])
+        elif line.startswith("error: "):
+            yield {"error": line[7:]}
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
