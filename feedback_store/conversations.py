@@ -1,0 +1,284 @@
+"""Conversations, turns and steps: written while an answer streams, so that a crash loses at most the step in flight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, get_args
+
+from sqlalchemy import Connection, Row, Select, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from feedback_store.codec import pack_ids, pack_logprobs, pack_mask, unpack_ids, unpack_logprobs, unpack_mask
+from feedback_store.database import Database
+from feedback_store.errors import InvalidRecord, NotFound
+from feedback_store.ids import new_id
+from feedback_store.processes import Process, is_alive, this_process
+from feedback_store.records import Conversation, FinalStatus, Message, StepLike, StoredObservation, StoredStep, Turn
+from feedback_store.schema import conversations, steps, turns
+
+_OPEN = ("running", "interrupted")  # an interrupted turn may go on: its process was only out of sight
+
+
+def check_messages(messages: Sequence[Message]) -> list[Message]:
+    """`messages` in OpenAI's shape: at least one, each with a role."""
+    if not messages:
+        raise InvalidRecord("The messages are empty; give at least the user's.")
+    for position, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise InvalidRecord(f"Message {position} has no role: {message!r}. Give {{'role': …, 'content': …}}.")
+    return list(messages)
+
+
+def _conversation_rows() -> Select[Any]:
+    count = select(func.count()).where(turns.c.conversation_id == conversations.c.id).scalar_subquery()
+    return select(conversations, count.label("turns"))
+
+
+def _conversation(row: Row[Any]) -> Conversation:
+    return Conversation(row.id, row.owner, row.title, row.turns, row.created_at, row.updated_at)
+
+
+def _step(row: Row[Any]) -> StoredStep:
+    observation = None
+    if row.tool is not None:
+        observation = StoredObservation(
+            row.tool,
+            row.observation,
+            row.observation_error,
+            row.observation_artifact or {},
+            row.observation_seconds,
+        )
+    return StoredStep(
+        index=row.position,
+        token_ids=unpack_ids(row.token_ids),
+        logprobs=unpack_logprobs(row.logprobs),
+        mask=unpack_mask(row.mask),
+        version=row.version,
+        text=row.text,
+        thought=row.thought,
+        action=row.action,
+        input=row.input,
+        observation=observation,
+        well_formed=row.well_formed,
+        seconds=row.seconds,
+    )
+
+
+def _turn(row: Row[Any], its_steps: list[StoredStep]) -> Turn:
+    return Turn(
+        id=row.id,
+        conversation_id=row.conversation_id,
+        request_id=row.request_id,
+        messages=row.messages,
+        prompt_ids=unpack_ids(row.prompt_ids),
+        version=row.version,
+        status=row.status,
+        answer=row.answer,
+        error=row.error,
+        created_at=row.created_at,
+        finished_at=row.finished_at,
+        steps=its_steps,
+    )
+
+
+def _last_user_message(messages: list[Message]) -> Message | None:
+    return next((m for m in reversed(messages) if m["role"] == "user"), None)
+
+
+def _status_of_open_turn(connection: Connection, turn_id: str) -> str:
+    status = connection.execute(select(turns.c.status).where(turns.c.id == turn_id)).scalar()
+    if status is None:
+        raise NotFound("turn", turn_id)
+    if status not in _OPEN:
+        raise InvalidRecord(f"Turn {turn_id} is finished ({status}); begin a new turn.")
+    return str(status)
+
+
+class Conversations(Database):
+    def create_conversation(self, owner: str, title: str = "") -> str:
+        """Without a title, the first user message becomes it."""
+        conversation_id, now = new_id("conv"), self._now()
+        with self._write() as connection:
+            connection.execute(
+                insert(conversations).values(
+                    id=conversation_id, owner=owner, title=title, created_at=now, updated_at=now
+                )
+            )
+        return conversation_id
+
+    def conversation(self, conversation_id: str) -> Conversation:
+        with self._read() as connection:
+            row = connection.execute(_conversation_rows().where(conversations.c.id == conversation_id)).first()
+        if row is None:
+            raise NotFound("conversation", conversation_id)
+        return _conversation(row)
+
+    def conversations(self, owner: str | None = None, limit: int = 50) -> list[Conversation]:
+        """The most recently used first."""
+        query = _conversation_rows().order_by(conversations.c.updated_at.desc(), conversations.c.id.desc()).limit(limit)
+        if owner is not None:
+            query = query.where(conversations.c.owner == owner)
+        with self._read() as connection:
+            return [_conversation(row) for row in connection.execute(query)]
+
+    def rename_conversation(self, conversation_id: str, title: str) -> None:
+        with self._write() as connection:
+            done = connection.execute(
+                update(conversations).where(conversations.c.id == conversation_id).values(title=title)
+            )
+            if not done.rowcount:
+                raise NotFound("conversation", conversation_id)
+
+    def history(self, conversation_id: str) -> list[Message]:
+        """The done turns as OpenAI messages: each user's message and the final answer to it, oldest first."""
+        with self._read() as connection:
+            if connection.execute(select(conversations.c.id).where(conversations.c.id == conversation_id)).first():
+                rows = connection.execute(
+                    select(turns.c.messages, turns.c.answer)
+                    .where(turns.c.conversation_id == conversation_id, turns.c.status == "done")
+                    .order_by(turns.c.id)
+                ).all()
+            else:
+                raise NotFound("conversation", conversation_id)
+        said: list[Message] = []
+        for row in rows:
+            asked = _last_user_message(row.messages)
+            if asked is not None:
+                said += [{"role": "user", "content": asked.get("content", "")}]
+            said += [{"role": "assistant", "content": row.answer}]
+        return said
+
+    def begin_turn(
+        self,
+        conversation_id: str,
+        messages: Sequence[Message],
+        version: str,
+        prompt_ids: Sequence[int],
+        request_id: str = "",
+    ) -> str:
+        """A running turn. `messages` is the whole prompt, `prompt_ids` its tokens as the engine gets them."""
+        prompt = check_messages(messages)
+        packed = pack_ids(prompt_ids)
+        turn_id, now, me = new_id("turn"), self._now(), this_process()
+        with self._write() as connection:
+            title = connection.execute(
+                select(conversations.c.title).where(conversations.c.id == conversation_id)
+            ).scalar()
+            if title is None:
+                raise NotFound("conversation", conversation_id)
+            asked = _last_user_message(prompt)
+            if not title and asked and isinstance(asked.get("content"), str):
+                title = " ".join(asked["content"].split())[:80]
+            connection.execute(
+                update(conversations).where(conversations.c.id == conversation_id).values(updated_at=now, title=title)
+            )
+            connection.execute(
+                insert(turns).values(
+                    id=turn_id,
+                    conversation_id=conversation_id,
+                    request_id=request_id,
+                    messages=prompt,
+                    prompt_ids=packed,
+                    version=version,
+                    status="running",
+                    answer="",
+                    error="",
+                    host=me.host,
+                    pid=me.pid,
+                    process_started=me.started,
+                    created_at=now,
+                )
+            )
+        return turn_id
+
+    def append_step(self, turn_id: str, step: StepLike) -> None:
+        """Records one complete step of an open turn; on return it is on the disk."""
+        lengths = len(step.token_ids), len(step.logprobs), len(step.mask)
+        if len(set(lengths)) != 1:
+            raise InvalidRecord(
+                f"Step {step.index} of turn {turn_id}: token_ids, logprobs and mask must be parallel, "
+                f"but have {lengths[0]}, {lengths[1]} and {lengths[2]} entries."
+            )
+        seen = step.observation
+        values = {
+            "turn_id": turn_id,
+            "position": step.index,
+            "version": step.version,
+            "token_ids": pack_ids(step.token_ids),
+            "logprobs": pack_logprobs(step.logprobs),
+            "mask": pack_mask(step.mask),
+            "text": step.text,
+            "thought": step.thought,
+            "action": step.action,
+            "input": step.input,
+            "well_formed": step.well_formed,
+            "seconds": step.seconds,
+            "tool": None if seen is None else seen.tool,
+            "observation": None if seen is None else seen.text,
+            "observation_error": None if seen is None else seen.error,
+            "observation_artifact": None if seen is None else dict(seen.artifact),
+            "observation_seconds": None if seen is None else seen.seconds,
+            "created_at": self._now(),
+        }
+        with self._write() as connection:
+            _status_of_open_turn(connection, turn_id)
+            try:
+                connection.execute(insert(steps).values(values))
+            except IntegrityError as error:
+                raise InvalidRecord(f"Turn {turn_id} already has a step {step.index}.") from error
+
+    def finish_turn(self, turn_id: str, answer: str, status: FinalStatus, error: str = "") -> None:
+        if status not in get_args(FinalStatus):
+            raise InvalidRecord(f"A turn can't end as {status!r}; give one of {', '.join(get_args(FinalStatus))}.")
+        now = self._now()
+        with self._write() as connection:
+            _status_of_open_turn(connection, turn_id)
+            connection.execute(
+                update(turns)
+                .where(turns.c.id == turn_id)
+                .values(status=status, answer=answer, error=error, finished_at=now)
+            )
+
+    def turn(self, turn_id: str) -> Turn:
+        """The turn with its steps decoded."""
+        with self._read() as connection:
+            row = connection.execute(select(turns).where(turns.c.id == turn_id)).first()
+            if row is None:
+                raise NotFound("turn", turn_id)
+            its_steps = connection.execute(select(steps).where(steps.c.turn_id == turn_id).order_by(steps.c.position))
+            return _turn(row, [_step(step) for step in its_steps])
+
+    def turns(self, conversation_id: str | None = None, limit: int = 50) -> list[Turn]:
+        """Without their steps, the newest first."""
+        query = select(turns).order_by(turns.c.id.desc()).limit(limit)
+        if conversation_id is not None:
+            query = query.where(turns.c.conversation_id == conversation_id)
+        with self._read() as connection:
+            return [_turn(row, []) for row in connection.execute(query)]
+
+    def recover(self, stale_seconds: float = 86_400) -> int:
+        """Marks running turns whose process is gone as interrupted, steps kept; returns how many.
+
+        Where that can't be told (another host or container wrote it), a turn older than `stale_seconds` counts as left.
+        """
+        now = self._now()
+        oldest = now - timedelta(seconds=stale_seconds)
+        left = 0
+        with self._write() as connection:
+            running = connection.execute(
+                select(turns.c.id, turns.c.host, turns.c.pid, turns.c.process_started, turns.c.created_at).where(
+                    turns.c.status == "running"
+                )
+            ).all()
+            for row in running:
+                alive = is_alive(Process(row.host, row.pid, row.process_started))
+                if alive or (alive is None and row.created_at > oldest):
+                    continue
+                connection.execute(
+                    update(turns)
+                    .where(turns.c.id == row.id)
+                    .values(status="interrupted", finished_at=now, error="the process that wrote this turn ended")
+                )
+                left += 1
+        return left

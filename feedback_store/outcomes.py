@@ -1,0 +1,102 @@
+"""Outcomes: verdicts on turns. One that names a verifier and a gold turns the prompt into a task, once."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, get_args
+
+from sqlalchemy import Row, insert, select
+
+from feedback_store.database import Database
+from feedback_store.errors import InvalidRecord, NotFound, QueueFull
+from feedback_store.ids import new_id
+from feedback_store.queue import put_task
+from feedback_store.records import Outcome, OutcomeSource
+from feedback_store.schema import outcomes, turns
+
+
+def _outcome(row: Row[Any]) -> Outcome:
+    return Outcome(
+        id=row.id,
+        turn_id=row.turn_id,
+        source=row.source,
+        score=row.score,
+        verifier=row.verifier,
+        gold=row.gold,
+        reason=row.reason,
+        owner=row.owner,
+        task_id=row.task_id,
+        note=row.note,
+        created_at=row.created_at,
+    )
+
+
+class Outcomes(Database):
+    def add_outcome(
+        self,
+        turn_id: str,
+        source: OutcomeSource,
+        score: float | None,
+        verifier: str = "",
+        gold: str = "",
+        reason: str = "",
+        owner: str = "",
+    ) -> Outcome:
+        """Records a verdict (`score` in [0, 1], or None where only the right answer is known).
+
+        With a verifier and a gold the turn's prompt becomes a task of kind `verifier`, exactly once for the same
+        messages, verifier and gold. A full queue keeps the outcome, makes no task, and says so in `note`.
+        """
+        if source not in get_args(OutcomeSource):
+            raise InvalidRecord(f"The source {source!r} is none of {', '.join(get_args(OutcomeSource))}.")
+        if score is not None and not (math.isfinite(score) and 0 <= score <= 1):
+            raise InvalidRecord(f"The score {score!r} lies outside [0, 1].")
+        now = self._now()
+        task_id, note = None, ""
+        with self._write() as connection:
+            messages = connection.execute(select(turns.c.messages).where(turns.c.id == turn_id)).scalar()
+            if messages is None:
+                raise NotFound("turn", turn_id)
+            if verifier and gold:
+                try:
+                    task_id, created = put_task(
+                        connection,
+                        messages,
+                        verifier,
+                        gold,
+                        kind=verifier,
+                        source=source,
+                        owner=owner,
+                        turn_id=turn_id,
+                        max_pending=self._max_pending,
+                        now=now,
+                    )
+                    note = "" if created else "This task was already in the queue."
+                except QueueFull as full:
+                    note = f"No task was made. {full}"
+            elif verifier or gold:
+                missing = "gold" if verifier else "verifier"
+                note = f"No task was made: it needs a verifier and a gold, and the {missing} is missing."
+            row = {
+                "id": new_id("out"),
+                "turn_id": turn_id,
+                "source": source,
+                "score": score,
+                "verifier": verifier,
+                "gold": gold,
+                "reason": reason,
+                "owner": owner,
+                "task_id": task_id,
+                "note": note,
+                "created_at": now,
+            }
+            connection.execute(insert(outcomes).values(row))
+            return _outcome(connection.execute(select(outcomes).where(outcomes.c.id == row["id"])).one())
+
+    def outcomes(self, turn_id: str | None = None, limit: int = 100) -> list[Outcome]:
+        """The newest first."""
+        query = select(outcomes).order_by(outcomes.c.id.desc()).limit(limit)
+        if turn_id is not None:
+            query = query.where(outcomes.c.turn_id == turn_id)
+        with self._read() as connection:
+            return [_outcome(row) for row in connection.execute(query)]

@@ -1,0 +1,217 @@
+"""What the store takes and gives: plain frozen records, and the shape of a step that it accepts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal, Protocol, TypedDict
+
+Message = dict[str, Any]
+TurnStatus = Literal["running", "done", "no_answer", "length", "cancelled", "error", "interrupted"]
+FinalStatus = Literal["done", "no_answer", "length", "cancelled", "error"]
+OutcomeSource = Literal["verifier", "client", "person"]
+TaskState = Literal["pending", "claimed", "done", "dead"]
+ClaimState = Literal["claimed", "completed", "released", "expired"]
+VersionStatus = Literal["candidate", "published", "refused"]
+RunStatus = Literal["running", "promoted", "refused", "ended", "failed"]
+FinalRunStatus = Literal["promoted", "refused", "ended", "failed"]
+
+
+class ObservationLike(Protocol):
+    """What a tool returned, as `serving.trajectory.Observation` has it."""
+
+    @property
+    def tool(self) -> str: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def error(self) -> bool: ...
+    @property
+    def artifact(self) -> Mapping[str, Any]: ...
+    @property
+    def seconds(self) -> float: ...
+
+
+class StepLike(Protocol):
+    """One generation and its observation, as `serving.trajectory.Step` has it; the three lists are parallel."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+    @property
+    def logprobs(self) -> Sequence[float]: ...
+    @property
+    def mask(self) -> Sequence[int]: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def thought(self) -> str: ...
+    @property
+    def action(self) -> str: ...
+    @property
+    def input(self) -> str: ...
+    @property
+    def observation(self) -> ObservationLike | None: ...
+    @property
+    def well_formed(self) -> bool: ...
+    @property
+    def seconds(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class StoredObservation:
+    tool: str
+    text: str
+    error: bool
+    artifact: dict[str, Any]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StoredStep:
+    """A step as it was appended; logprobs are float32 values."""
+
+    index: int
+    token_ids: list[int]
+    logprobs: list[float]
+    mask: list[int]
+    version: str
+    text: str
+    thought: str
+    action: str
+    input: str
+    observation: StoredObservation | None
+    well_formed: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Conversation:
+    id: str
+    owner: str
+    title: str
+    turns: int
+    created_at: datetime
+    updated_at: datetime
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A user's message and its answer. `messages` is the whole prompt; `steps` is empty in lists of turns."""
+
+    id: str
+    conversation_id: str
+    request_id: str
+    messages: list[Message]
+    prompt_ids: list[int]
+    version: str
+    status: TurnStatus
+    answer: str
+    error: str
+    created_at: datetime
+    finished_at: datetime | None
+    steps: list[StoredStep] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A verdict on a turn. `note` says why it made no new task, where one could be expected."""
+
+    id: str
+    turn_id: str
+    source: OutcomeSource
+    score: float | None
+    verifier: str
+    gold: str
+    reason: str
+    owner: str
+    task_id: str | None
+    note: str
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class QueuedTask:
+    """`attempts` counts failed ones. The first 16 digits of `content_hash` are `online_rl.tasks.base.Task.id`."""
+
+    id: str
+    content_hash: str
+    messages: list[Message]
+    verifier: str
+    gold: str
+    kind: str
+    source: str
+    owner: str
+    state: TaskState
+    attempts: int
+    run_id: str | None
+    lease_until: datetime | None
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class Version:
+    id: str
+    parent: str | None
+    run_id: str | None
+    path: str
+    manifest: dict[str, Any]
+    status: VersionStatus
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class VersionChange:
+    """One change of the version in service."""
+
+    version_id: str
+    previous: str | None
+    reason: str
+    at: datetime
+
+
+@dataclass(frozen=True)
+class RunStage:
+    stage: str
+    detail: dict[str, Any]
+    at: datetime
+
+
+@dataclass(frozen=True)
+class Run:
+    """`alive`: whether the process that wrote last still runs; None when finished or when it can't be told."""
+
+    id: str
+    recipe: str
+    status: RunStatus
+    stage: str
+    detail: dict[str, Any]
+    report: dict[str, Any]
+    alive: bool | None
+    started_at: datetime
+    finished_at: datetime | None
+    stages: list[RunStage] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RunTask:
+    """One claim of one task by a run."""
+
+    task_id: str
+    state: ClaimState
+    claimed_at: datetime
+    ended_at: datetime | None
+
+
+class Lineage(TypedDict):
+    """Where a version comes from; all empty for one that no run of this store made."""
+
+    version: str
+    parent: str | None
+    run: str | None
+    task_ids: list[str]
+    conversation_ids: list[str]

@@ -1,0 +1,134 @@
+"""Runs of the online loop: their stages as a journal, the tasks they used, and which versions came of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from sqlalchemy import Connection, Row, insert, select, update
+
+from feedback_store.database import Database
+from feedback_store.errors import InvalidRecord, NotFound
+from feedback_store.ids import new_id
+from feedback_store.processes import Process, is_alive, this_process
+from feedback_store.queue import give_up_claims
+from feedback_store.records import FinalRunStatus, Lineage, Run, RunStage, RunTask
+from feedback_store.schema import run_stages, run_tasks, runs, task_origins, tasks, turns, versions
+
+
+def _run(row: Row[Any], stages: list[RunStage]) -> Run:
+    running = row.status == "running"
+    return Run(
+        id=row.id,
+        recipe=row.recipe,
+        status=row.status,
+        stage=row.stage,
+        detail=row.detail,
+        report=row.report,
+        alive=is_alive(Process(row.host, row.pid, row.process_started)) if running else None,
+        started_at=row.started_at,
+        finished_at=row.finished_at,
+        stages=stages,
+    )
+
+
+def _check_running(connection: Connection, run_id: str) -> None:
+    status = connection.execute(select(runs.c.status).where(runs.c.id == run_id)).scalar()
+    if status is None:
+        raise NotFound("run", run_id)
+    if status != "running":
+        raise InvalidRecord(f"Run {run_id} is finished ({status}); start a new run.")
+
+
+class Runs(Database):
+    def start_run(self, recipe: str, detail: Mapping[str, Any]) -> str:
+        run_id, now, me = new_id("run"), self._now(), this_process()
+        with self._write() as connection:
+            connection.execute(
+                insert(runs).values(
+                    id=run_id,
+                    recipe=recipe,
+                    status="running",
+                    stage="",
+                    detail=dict(detail),
+                    report={},
+                    host=me.host,
+                    pid=me.pid,
+                    process_started=me.started,
+                    started_at=now,
+                )
+            )
+        return run_id
+
+    def set_stage(self, run_id: str, stage: str, detail: Mapping[str, Any]) -> None:
+        """Adds to the run's journal. The process that does so is from then on the run's: a resumed run is alive."""
+        now, me = self._now(), this_process()
+        with self._write() as connection:
+            _check_running(connection, run_id)
+            connection.execute(insert(run_stages).values(run_id=run_id, stage=stage, detail=dict(detail), at=now))
+            connection.execute(
+                update(runs)
+                .where(runs.c.id == run_id)
+                .values(stage=stage, host=me.host, pid=me.pid, process_started=me.started)
+            )
+
+    def finish_run(self, run_id: str, status: FinalRunStatus, report: Mapping[str, Any]) -> None:
+        """Ends the run and puts the tasks that it still holds back; a failed run counts as a failed attempt of each."""
+        if status not in get_args(FinalRunStatus):
+            raise InvalidRecord(f"A run can't end as {status!r}; give one of {', '.join(get_args(FinalRunStatus))}.")
+        now = self._now()
+        with self._write() as connection:
+            _check_running(connection, run_id)
+            held = tasks.c.run_id == run_id
+            give_up_claims(connection, held, failed=status == "failed", claim_state="released", now=now)
+            connection.execute(
+                update(runs).where(runs.c.id == run_id).values(status=status, report=dict(report), finished_at=now)
+            )
+
+    def run(self, run_id: str) -> Run:
+        """The run with its journal."""
+        with self._read() as connection:
+            row = connection.execute(select(runs).where(runs.c.id == run_id)).first()
+            if row is None:
+                raise NotFound("run", run_id)
+            journal = connection.execute(
+                select(run_stages).where(run_stages.c.run_id == run_id).order_by(run_stages.c.id)
+            )
+            return _run(row, [RunStage(entry.stage, entry.detail, entry.at) for entry in journal])
+
+    def runs(self, limit: int = 50) -> list[Run]:
+        """Without their journals, the newest first."""
+        with self._read() as connection:
+            return [_run(row, []) for row in connection.execute(select(runs).order_by(runs.c.id.desc()).limit(limit))]
+
+    def run_tasks(self, run_id: str) -> list[RunTask]:
+        """Every claim that the run made and what became of it, in order."""
+        with self._read() as connection:
+            if connection.execute(select(runs.c.id).where(runs.c.id == run_id)).first() is None:
+                raise NotFound("run", run_id)
+            rows = connection.execute(select(run_tasks).where(run_tasks.c.run_id == run_id).order_by(run_tasks.c.id))
+            return [RunTask(row.task_id, row.state, row.claimed_at, row.ended_at) for row in rows]
+
+    def lineage(self, version_id: str) -> Lineage:
+        """The run that made a version, the tasks which that run completed, and the conversations they came from."""
+        with self._read() as connection:
+            row = connection.execute(
+                select(versions.c.parent, versions.c.run_id).where(versions.c.id == version_id)
+            ).first()
+            if row is None:
+                raise NotFound("version", version_id)
+            used = select(run_tasks.c.task_id).where(run_tasks.c.run_id == row.run_id, run_tasks.c.state == "completed")
+            origins = (
+                select(turns.c.conversation_id)
+                .join(task_origins, task_origins.c.turn_id == turns.c.id)
+                .where(task_origins.c.task_id.in_(used))
+                .distinct()
+                .order_by(turns.c.conversation_id)
+            )
+            return Lineage(
+                version=version_id,
+                parent=row.parent,
+                run=row.run_id,
+                task_ids=list(connection.execute(used.distinct().order_by(run_tasks.c.task_id)).scalars()),
+                conversation_ids=list(connection.execute(origins).scalars()),
+            )

@@ -1,0 +1,234 @@
+"""The tables as they are now. A change here needs a migration in `migrations/versions` (a test compares the two)."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    Column,
+    DateTime,
+    Dialect,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+)
+from sqlalchemy.types import TypeDecorator
+
+from feedback_store.codec import clean
+
+
+class UtcTime(TypeDecorator[datetime]):
+    """Aware datetimes in UTC. SQLite keeps no zone, so it is dropped on the way in and added on the way out."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: Any | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        moment: datetime = value
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+
+
+class CleanText(TypeDecorator[str]):
+    """Text that may come from a policy, a tool or a client: see `codec.clean`."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        return None if value is None else clean(value)
+
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+conversations = Table(
+    "conversations",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("owner", CleanText, nullable=False),
+    Column("title", CleanText, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    Column("updated_at", UtcTime, nullable=False),
+    Index(None, "owner", "updated_at"),
+    Index(None, "updated_at"),
+)
+
+turns = Table(
+    "turns",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("conversation_id", String(40), ForeignKey("conversations.id"), nullable=False),
+    Column("request_id", CleanText, nullable=False),
+    Column("messages", JSON, nullable=False),
+    Column("prompt_ids", LargeBinary, nullable=False),
+    Column("version", CleanText, nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("answer", CleanText, nullable=False),
+    Column("error", CleanText, nullable=False),
+    Column("host", CleanText, nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("process_started", CleanText, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    Column("finished_at", UtcTime),
+    Index(None, "conversation_id", "id"),
+    Index(None, "status"),
+    Index(None, "request_id"),
+)
+
+steps = Table(
+    "steps",
+    metadata,
+    Column("turn_id", String(40), ForeignKey("turns.id"), primary_key=True),
+    Column("position", Integer, primary_key=True, autoincrement=False),
+    Column("version", CleanText, nullable=False),
+    Column("token_ids", LargeBinary, nullable=False),  # int32
+    Column("logprobs", LargeBinary, nullable=False),  # float32
+    Column("mask", LargeBinary, nullable=False),  # uint8, 1 for the policy's own tokens
+    Column("text", CleanText, nullable=False),
+    Column("thought", CleanText, nullable=False),
+    Column("action", String(16), nullable=False),
+    Column("input", CleanText, nullable=False),
+    Column("well_formed", Boolean, nullable=False),
+    Column("seconds", Float, nullable=False),
+    Column("tool", CleanText),  # null where no observation followed
+    Column("observation", CleanText),
+    Column("observation_error", Boolean),
+    Column("observation_artifact", JSON(none_as_null=True)),
+    Column("observation_seconds", Float),
+    Column("created_at", UtcTime, nullable=False),
+)
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("recipe", CleanText, nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("stage", CleanText, nullable=False),
+    Column("detail", JSON, nullable=False),
+    Column("report", JSON, nullable=False),
+    Column("host", CleanText, nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("process_started", CleanText, nullable=False),
+    Column("started_at", UtcTime, nullable=False),
+    Column("finished_at", UtcTime),
+)
+
+run_stages = Table(
+    "run_stages",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("run_id", String(40), ForeignKey("runs.id"), nullable=False),
+    Column("stage", CleanText, nullable=False),
+    Column("detail", JSON, nullable=False),
+    Column("at", UtcTime, nullable=False),
+    Index(None, "run_id"),
+)
+
+tasks = Table(
+    "tasks",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("content_hash", String(64), nullable=False, unique=True),
+    Column("messages", JSON, nullable=False),
+    Column("verifier", CleanText, nullable=False),
+    Column("gold", CleanText, nullable=False),
+    Column("kind", CleanText, nullable=False),
+    Column("source", CleanText, nullable=False),
+    Column("owner", CleanText, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("run_id", String(40), ForeignKey("runs.id")),
+    Column("lease_until", UtcTime),
+    Column("created_at", UtcTime, nullable=False),
+    Column("updated_at", UtcTime, nullable=False),
+    Index(None, "state", "attempts", "id"),
+    Index(None, "run_id", "state"),
+)
+
+task_origins = Table(  # every turn or source that asked for a task, the first included
+    "task_origins",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("task_id", String(40), ForeignKey("tasks.id"), nullable=False),
+    Column("turn_id", String(40), ForeignKey("turns.id")),
+    Column("source", CleanText, nullable=False),
+    Column("owner", CleanText, nullable=False),
+    Column("at", UtcTime, nullable=False),
+    Index(None, "task_id"),
+    Index(None, "turn_id"),
+)
+
+run_tasks = Table(  # one row for each claim, so that who trained on what stays known
+    "run_tasks",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("run_id", String(40), ForeignKey("runs.id"), nullable=False),
+    Column("task_id", String(40), ForeignKey("tasks.id"), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("claimed_at", UtcTime, nullable=False),
+    Column("ended_at", UtcTime),
+    Index(None, "run_id", "state"),
+    Index(None, "task_id"),
+)
+
+outcomes = Table(
+    "outcomes",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("turn_id", String(40), ForeignKey("turns.id"), nullable=False),
+    Column("source", String(16), nullable=False),
+    Column("score", Float),
+    Column("verifier", CleanText, nullable=False),
+    Column("gold", CleanText, nullable=False),
+    Column("reason", CleanText, nullable=False),
+    Column("owner", CleanText, nullable=False),
+    Column("task_id", String(40), ForeignKey("tasks.id")),
+    Column("note", CleanText, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    Index(None, "turn_id"),
+    Index(None, "source"),
+)
+
+versions = Table(
+    "versions",
+    metadata,
+    Column("id", String(100), primary_key=True),
+    Column("parent", String(100), ForeignKey("versions.id")),
+    Column("run_id", String(40), ForeignKey("runs.id")),
+    Column("path", CleanText, nullable=False),
+    Column("manifest", JSON, nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    Column("updated_at", UtcTime, nullable=False),
+)
+
+version_changes = Table(  # the last row names the version in service
+    "version_changes",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("version_id", String(100), ForeignKey("versions.id"), nullable=False),
+    Column("previous", String(100), ForeignKey("versions.id")),
+    Column("reason", CleanText, nullable=False),
+    Column("at", UtcTime, nullable=False),
+)
