@@ -1,0 +1,126 @@
+"""A recipe: every knob of a training run, typed, from a YAML file beside this module or anywhere else.
+
+The objective itself is no knob. It is DAPO's (arXiv 2503.14476, eq. 8) as TAPO uses it (arXiv 2510.07038): token-mean
+loss, asymmetric clip, group advantages, no KL and no entropy bonus.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class RecipeError(ValueError):
+    """A recipe can't be found or read. The message names the key, the value and the way out."""
+
+
+class Recipe(BaseModel):
+    """Counts are of groups, rollouts, own tokens or optimizer steps, as the name says; times are seconds or minutes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # -- the batch: groups_per_step x group_size rollouts make one optimizer step
+    group_size: int = Field(8, ge=2)
+    groups_per_step: int = Field(4, ge=1)
+    max_rounds: int = Field(10, ge=1, description="rounds of sampling a step before it makes do with what it has")
+    max_steps: int = Field(100, ge=1)
+    max_minutes: float | None = Field(None, gt=0, description="stop after the step that passes this; None: never")
+    seed: int = Field(0, ge=0)
+
+    # -- sampling
+    temperature: float = Field(1.0, gt=0)
+    concurrency: int = Field(16, ge=1, description="rollouts in flight at once: the engine's slots")
+    max_turns: int = Field(4, ge=0, description="tool calls in one answer; then a last generation with tools off")
+    max_response_tokens: int = Field(512, ge=1, description="own tokens in one answer")
+    max_observation_tokens: int = Field(256, ge=1, description="tokens of one tool result")
+    rollout_timeout_s: float = Field(120, gt=0)
+
+    # -- reward
+    overlong_buffer: int = Field(128, ge=0, description="own tokens before the limit in which the reward falls")
+    tool_efficiency: bool = Field(False, description="OTC's multiplicative term for few calls (arXiv 2504.14870)")
+
+    # -- update
+    learning_rate: float = Field(1e-4, gt=0)
+    warmup_steps: int = Field(5, ge=0)
+    weight_decay: float = Field(0.1, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    epsilon_low: float = Field(0.2, gt=0, lt=1)
+    epsilon_high: float = Field(0.28, gt=0)
+    denominator: Literal["own", "all"] = Field(
+        "own", description="tokens that the mean is over; `all` counts the tools' too, as the paper's public code does"
+    )
+    micro_batch: int = Field(8, ge=1, description="rollouts in one forward pass; bounds memory, changes nothing else")
+    bf16: bool = True
+
+    # -- the record
+    save_steps: int = Field(10, ge=1)
+    keep_checkpoints: int = Field(2, ge=2, description="two at least: one must be whole while the next is written")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.overlong_buffer >= self.max_response_tokens:
+            raise ValueError(
+                f"overlong_buffer ({self.overlong_buffer}) must be below max_response_tokens "
+                f"({self.max_response_tokens}): it is the last part of it"
+            )
+        return self
+
+    @property
+    def rollouts_per_step(self) -> int:
+        return self.groups_per_step * self.group_size
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(name_or_path: str | Path, **overrides: object) -> Recipe:
+    """A recipe of this package by name (`embedded-cpu`) or any YAML file by path; `overrides` replace single keys.
+
+    Raises RecipeError: no such recipe, not YAML, an unknown key (named, with the nearest known one), a bad value.
+    """
+    path = _find(name_or_path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {path} isn't YAML: {error}") from error
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise RecipeError(f"recipe {path} must be a mapping of keys to values, not a {type(content).__name__}")
+    return make_recipe(content | overrides, source=str(path))
+
+
+def make_recipe(values: dict[str, object], source: str = "recipe") -> Recipe:
+    """A recipe from plain values; an error names every key that is wrong."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = [_explain(item["loc"], item["type"], item["msg"], item["input"]) for item in error.errors()]
+        raise RecipeError(f"{source}: " + "; ".join(problems)) from error
+
+
+def _find(name_or_path: str | Path) -> Path:
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml") or path.parent != Path():
+        if path.is_file():
+            return path
+        raise RecipeError(f"no recipe file {path}; recipes of this package: {', '.join(recipe_names())}")
+    named = RECIPES / f"{name_or_path}.yaml"
+    if named.is_file():
+        return named
+    raise RecipeError(f"no recipe {str(name_or_path)!r}; there are: {', '.join(recipe_names())}, or give a YAML file")
+
+
+def _explain(loc: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
+    key = ".".join(map(str, loc))
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(key, Recipe.model_fields, n=1, cutoff=0.0)
+        return f"unknown key {key!r}; the nearest known one is {near[0]!r}"
+    return f"{key} = {value!r}: {message}" if key else message

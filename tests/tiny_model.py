@@ -1,0 +1,64 @@
+"""A random Llama of a hundred thousand parameters with a byte-level tokenizer, made on the spot: no download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte (256 of them), and three special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=SPECIAL[0], bos_token=SPECIAL[1], eos_token=SPECIAL[2]
+    )
+
+
+def tiny_model(seed: int = 0, hidden: int = 64, layers: int = 2) -> LlamaForCausalLM:
+    """fp32, tied embeddings, the vocabulary of `tiny_tokenizer`."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer()),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.1,  # wide enough that some tokens are clearly likelier than others
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+def tiny_policy(seed: int = 0, rank: int = 8, **size: int) -> PeftModel:
+    """`tiny_model` with a LoRA adapter to train, its B not zero, so that every part of it has a gradient."""
+    model = tiny_model(seed, **size)
+    policy = get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.02 * torch.randn(parameter.shape, generator=generator)
+    return policy
+
+
+def save_tiny_model(folder: Path, seed: int = 0) -> Path:
+    """Model and tokenizer as a folder that transformers loads; under a megabyte."""
+    tiny_model(seed).save_pretrained(str(folder))
+    tiny_tokenizer().save_pretrained(str(folder))
+    return folder
