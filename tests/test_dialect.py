@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from serving.dialects.tapo import TapoDialect, harmless
@@ -43,6 +43,9 @@ def test_rules_name_only_the_tools_that_are_on(dialect):
 @settings(max_examples=60, deadline=None)
 @given(thought=plain, action=st.sampled_from(["code", "search", "answer"]), text=plain)
 def test_rendering_then_parsing_is_the_identity(dialect, thought, action, text):
+    tokenizer = dialect.tokenizer
+    both = thought + text  # some bytes are not in the model's vocabulary
+    assume(tokenizer.decode(tokenizer.encode(both, add_special_tokens=False)) == both)
     ids = dialect.encode_step(thought, action, text)
     parser = dialect.parser()
     events = [event for i in ids for event in parser.feed([i])]
