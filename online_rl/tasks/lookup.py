@@ -98,11 +98,12 @@ PHRASINGS: dict[tuple[str, str], tuple[str, ...]] = {
 NUMERIC = {"population", "area", "calling code", "atomic number", "atomic mass", "density"}
 
 _ARTICLE = (
-    "Bahamas", "British Virgin Islands", "Cayman Islands", "Central African Republic", "Cocos Islands", "Comoros", "Cook Islands",
-    "Democratic Republic of the Congo", "Dominican Republic", "Falkland Islands", "Faroe Islands", "French Southern Territories", "Gambia",
-    "Isle of Man", "Maldives", "Marshall Islands", "Netherlands", "Northern Mariana Islands", "Philippines",
-    "Republic of the Congo", "Seychelles", "Solomon Islands", "Turks and Caicos Islands", "U.S. Virgin Islands",
-    "United Arab Emirates", "United Kingdom", "United States", "Vatican",
+    "Bahamas", "British Virgin Islands", "Cayman Islands", "Central African Republic", "Cocos Islands", "Comoros",
+    "Cook Islands", "Democratic Republic of the Congo", "Dominican Republic", "Falkland Islands", "Faroe Islands",
+    "French Southern Territories", "Gambia", "Isle of Man", "Maldives", "Marshall Islands", "Netherlands",
+    "Northern Mariana Islands", "Philippines", "Republic of the Congo", "Seychelles", "Solomon Islands",
+    "Turks and Caicos Islands", "U.S. Virgin Islands", "United Arab Emirates", "United Kingdom", "United States",
+    "Vatican",
 )  # fmt: skip
 
 # Facts that are disputed, split between two right answers, or changed since the data was made.
