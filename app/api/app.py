@@ -1,0 +1,31 @@
+"""The endpoint as one ASGI application: OpenAI's chat routes, feedback, health."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+
+from app.api import chat, errors, feedback
+from app.api.guard import Guard
+from app.service import Service
+from app.settings import Settings
+
+
+def create_app(service: Service, settings: Settings) -> FastAPI:
+    app = FastAPI(
+        title="Whetstone",
+        description="A chat agent that gets better overnight. The routes under /v1 are OpenAI's.",
+        docs_url=None,  # the documentation page would load its scripts from a host elsewhere
+        redoc_url=None,
+    )
+    errors.install(app)
+    app.include_router(chat.router(service, settings))
+    app.include_router(feedback.router(service))
+
+    @app.get("/healthz", summary="200 when the engine and the store answer, else 503 and which doesn't")
+    async def healthz() -> JSONResponse:
+        healthy, report = await service.health()
+        return JSONResponse(report, 200 if healthy else 503)
+
+    app.add_middleware(Guard, settings=settings)
+    return app

@@ -1,0 +1,170 @@
+"""POST /v1/chat/completions and GET /v1/models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Send
+
+from app.api import wire
+from app.api.errors import ApiError, as_api_error
+from app.api.schema import ChatRequest
+from app.service import Finished, Question, Service, ServiceEvent, Started
+from app.settings import Settings
+from serving.engines.base import Sampling
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events whose source is closed, and so cancelled, as soon as the client goes away."""
+
+    media_type = "text/event-stream"
+
+    async def stream_response(self, send: Send) -> None:
+        async with aclosing(self.body_iterator):  # type: ignore[type-var]
+            await super().stream_response(send)
+
+
+def router(service: Service, settings: Settings) -> APIRouter:
+    routes = APIRouter(prefix="/v1")
+
+    @routes.post("/chat/completions", summary="Answer a conversation")
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        question = to_question(body, request.state.owner, service, settings)
+        answer = service.answer(question)
+        if body.stream:
+            include_usage = bool(body.stream_options and body.stream_options.include_usage)
+            return await _stream(answer, include_usage)
+        return await _whole(answer, request)
+
+    @routes.get("/models", summary="The version in service, then the others that are loaded")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": await _models(service, settings)}
+
+    @routes.get("/models/{model_id:path}")
+    async def model(model_id: str) -> dict[str, Any]:
+        for entry in await _models(service, settings):
+            if entry["id"] == model_id:
+                return entry
+        raise _no_model(model_id, service, settings)
+
+    return routes
+
+
+def to_question(body: ChatRequest, owner: str, service: Service, settings: Settings) -> Question:
+    """The request, checked, with the settings' defaults where it leaves something open. Raises ApiError."""
+    if refused := body.unsupported():
+        param, message = refused
+        raise ApiError(400, message, "unsupported_parameter", param)
+    messages = [given.as_text() for given in body.messages]
+    if messages[-1]["role"] != "user":
+        raise ApiError(400, "messages: the last one must be the user's.", "invalid_value", "messages")
+    for index, said in enumerate(messages):
+        if said["role"] == "user" and not said["content"].strip():
+            raise ApiError(400, f"messages.{index}: the message is empty.", "empty_message", "messages")
+    version = None
+    if body.model != settings.model_name:
+        if body.model not in service.router.loaded():
+            raise _no_model(body.model, service, settings)
+        version = body.model
+    metadata = body.metadata
+    asked = body.max_completion_tokens or body.max_tokens or settings.max_tokens
+    return Question(
+        owner=owner,
+        messages=messages,
+        sampling=Sampling(
+            temperature=settings.temperature if body.temperature is None else body.temperature,
+            top_p=settings.top_p if body.top_p is None else body.top_p,
+            max_tokens=min(asked, settings.max_tokens),
+            seed=body.seed,
+        ),
+        conversation_id=metadata.conversation_id if metadata else None,
+        version=version,
+        verifier=metadata.verifier if metadata else None,
+        gold=metadata.gold if metadata else None,
+    )
+
+
+async def _whole(answer: AsyncGenerator[ServiceEvent], request: Request) -> Response:
+    async with aclosing(answer):
+        async for event in answer:
+            if isinstance(event, Finished):
+                return JSONResponse(
+                    wire.completion(event).model_dump(exclude_unset=True), headers=_headers(event.started)
+                )
+            if await request.is_disconnected():
+                return Response(status_code=499)  # nobody reads it; the turn is closed as cancelled
+    raise AssertionError("an answer ends with Finished or an error")
+
+
+async def _stream(answer: AsyncGenerator[ServiceEvent], include_usage: bool) -> Response:
+    # An error before the first token still has a status of its own, so wait for that token before saying 200.
+    started = await anext(answer)
+    assert isinstance(started, Started)
+    first = await anext(answer)
+    return EventStream(
+        _events(answer, started, first, include_usage),
+        headers=_headers(started) | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+    )
+
+
+async def _events(
+    answer: AsyncGenerator[ServiceEvent], started: Started, first: ServiceEvent, include_usage: bool
+) -> AsyncGenerator[str]:
+    chunks = wire.Chunks(started)
+    async with aclosing(answer):
+        try:
+            yield _data(chunks.first().model_dump_json(exclude_unset=True))
+            event: ServiceEvent | None = first
+            while event is not None:
+                if isinstance(event, Finished):
+                    for chunk in chunks.last(event):
+                        yield _data(chunk.model_dump_json(exclude_unset=True))
+                    if include_usage:
+                        yield _data(chunks.usage(event).model_dump_json(exclude_unset=True))
+                elif not isinstance(event, Started) and (more := chunks.event(event)) is not None:
+                    yield _data(more.model_dump_json(exclude_unset=True))
+                event = await anext(answer, None)
+        except Exception as error:
+            yield _data(json.dumps(as_api_error(error).body))
+            return
+        yield _data("[DONE]")
+
+
+async def _models(service: Service, settings: Settings) -> list[dict[str, Any]]:
+    current = service.router.current
+    known = {version.id: version for version in await service.call(service.store.versions)}
+    loaded = [current, *sorted(set(service.router.loaded()) - {current})]
+    entries = [_model(settings.model_name, known.get(current), current, is_current=True)]
+    return entries + [_model(id_, known.get(id_), id_, is_current=id_ == current) for id_ in loaded]
+
+
+def _model(id_: str, version: Any, version_id: str, is_current: bool) -> dict[str, Any]:
+    created = int(version.created_at.timestamp()) if version is not None else 0
+    details = {"version": version_id, "current": is_current}
+    if version is not None:
+        details |= {"parent": version.parent, "status": version.status}
+    return {"id": id_, "object": "model", "created": created, "owned_by": "whetstone", "whetstone": details}
+
+
+def _no_model(name: str, service: Service, settings: Settings) -> ApiError:
+    loaded = ", ".join(service.router.loaded())
+    return ApiError(
+        404,
+        f"the model {name!r} doesn't exist here: use {settings.model_name!r} for the version in service, "
+        f"or a loaded version: {loaded}.",
+        "model_not_found",
+        "model",
+    )
+
+
+def _headers(started: Started) -> dict[str, str]:
+    return {"X-Whetstone-Version": started.version, "X-Whetstone-Turn": started.turn_id}
+
+
+def _data(payload: str) -> str:
+    return f"data: {payload}\n\n"

@@ -1,0 +1,112 @@
+"""Errors in OpenAI's shape: every failure that a client can meet, as {"error": {message, type, param, code}}."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from app.service import Overloaded
+from feedback_store import NotFound, StoreError
+from online_rl.verifiers import UnknownVerifier
+from serving.engines.base import EngineError, PromptTooLong, UnknownVersion
+
+log = logging.getLogger(__name__)
+
+
+class ApiError(HTTPException):
+    """A refusal with OpenAI's fields. `status` decides the type unless `kind` names another."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, detail=message, headers=headers)
+        self.message = message
+        self.code = code
+        self.param = param
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return {
+            "error": {
+                "message": self.message,
+                "type": _TYPES.get(self.status_code, "server_error" if self.status_code >= 500 else _INVALID),
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status_code, headers=self.headers)
+
+
+_INVALID = "invalid_request_error"
+_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+_RETRY = {"Retry-After": "2"}
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What a client is told about an error from below. One that nobody foresaw is logged, and told without detail."""
+    match error:
+        case ApiError():
+            return error
+        case PromptTooLong():
+            return ApiError(400, str(error), "context_length_exceeded", "messages")
+        case UnknownVersion():
+            return ApiError(404, str(error), "model_not_found", "model")
+        case UnknownVerifier():
+            return ApiError(400, str(error), "unknown_verifier", "verifier")
+        case Overloaded():
+            return ApiError(429, str(error), "overloaded", headers=_RETRY)
+        case NotFound():
+            return ApiError(404, str(error), "not_found")
+        case StoreError():
+            log.error("the store failed: %s", error)
+            return ApiError(503, f"{error} Nothing is answered while it can't be recorded.", "store_unavailable")
+        case EngineError():
+            log.error("the engine failed: %s", error)
+            return ApiError(503, str(error), "engine_unavailable", headers=_RETRY)
+        case StarletteHTTPException():
+            return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+        case RequestValidationError():
+            return _from_validation(error)
+    log.error("a request failed", exc_info=error)
+    return ApiError(500, f"an unforeseen {type(error).__name__}; the server's log has the details.", "internal_error")
+
+
+def install(app: FastAPI) -> None:
+    async def handle(_request: Request, error: Exception) -> JSONResponse:
+        return as_api_error(error).response()
+
+    for kind in (
+        StarletteHTTPException,
+        RequestValidationError,
+        EngineError,
+        StoreError,
+        UnknownVerifier,
+        Overloaded,
+        Exception,
+    ):
+        app.add_exception_handler(kind, handle)
+
+
+def _from_validation(error: RequestValidationError) -> ApiError:
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        position = first["loc"][-1]
+        return ApiError(400, f"the body isn't JSON: {first['ctx']['error']} at character {position}.", "invalid_json")
+    path = [str(part) for part in first["loc"] if part != "body"]
+    param = ".".join(path) or None
+    if param is None:  # no JSON at all, or JSON that isn't an object
+        return ApiError(400, "the body must be a JSON object (Content-Type: application/json).", "invalid_body")
+    message = first["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{param}: {message}", "missing" if first["type"] == "missing" else "invalid_value", param)

@@ -1,0 +1,84 @@
+"""Who may call: the key, the host name and the size of the body, checked before the body is read."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.errors import ApiError
+from app.settings import Settings
+
+LOCAL_OWNER = "local"
+OPEN_PATHS = frozenset({"/healthz"})
+
+
+class Guard:
+    """ASGI middleware. Sets `scope["state"]["owner"]`: one owner a key, or `local` where no key is needed."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app = app
+        self._max_body_bytes = settings.max_body_bytes
+        self._keys = [key.get_secret_value().encode() for key in settings.api_keys]
+        self._hosts = {"localhost", "127.0.0.1", "[::1]", settings.host}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        try:
+            scope.setdefault("state", {})["owner"] = self._owner(headers, scope["path"])
+            self._check_size(headers)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        read = 0
+
+        async def receive_within_limit() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self._max_body_bytes:  # sent in chunks, with no length up front
+                raise body_too_large(self._max_body_bytes)
+            return message
+
+        await self.app(scope, receive_within_limit, send)
+
+    def _owner(self, headers: Headers, path: str) -> str:
+        if not self._keys:
+            # Without keys only this machine may call. A web page elsewhere could still point a name of its own at
+            # 127.0.0.1 (DNS rebinding); its requests carry that name.
+            host = headers.get("host", "").rsplit(":", 1)[0] if "]" not in headers.get("host", "") else "[::1]"
+            if host not in self._hosts:
+                raise ApiError(403, f"host {host!r} isn't this machine: call 127.0.0.1, or set WHETSTONE_API_KEYS.")
+            return LOCAL_OWNER
+        if path in OPEN_PATHS:
+            return LOCAL_OWNER
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not given:
+            raise _unauthorized("no API key: send the header Authorization: Bearer KEY.", None)
+        key = given.strip().encode()
+        if not any([hmac.compare_digest(key, known) for known in self._keys]):  # all of them: constant time
+            raise _unauthorized("this API key isn't known: use one from WHETSTONE_API_KEYS.", "invalid_api_key")
+        return owner_of(key)
+
+    def _check_size(self, headers: Headers) -> None:
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length) > self._max_body_bytes:
+            raise body_too_large(self._max_body_bytes)
+
+
+def owner_of(key: bytes) -> str:
+    """The owner's name in the record: it tells keys apart and doesn't give them away."""
+    return "key-" + hashlib.sha256(key).hexdigest()[:16]
+
+
+def body_too_large(limit: int) -> ApiError:
+    return ApiError(413, f"the body is over {limit} bytes: send less, or raise WHETSTONE_MAX_BODY_BYTES.", "too_large")
+
+
+def _unauthorized(message: str, code: str | None) -> ApiError:
+    return ApiError(401, message, code, headers={"WWW-Authenticate": "Bearer"})

@@ -1,0 +1,289 @@
+"""The one path from a question to a recorded answer, which the endpoint, the chat and the command line share.
+
+A turn is written before its first token, each step as it ends, and the verdict after the last one; a client that goes
+away or an engine that dies still leaves a closed turn behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
+
+import anyio
+
+from feedback_store import NotFound, Outcome, Store, StoreError
+from feedback_store.records import FinalStatus
+from online_rl import verifiers
+from serving.engines.base import EngineError, PromptTooLong, Sampling
+from serving.trajectory import AnswerText, Done, Event, StepDone, StopReason, Trajectory
+
+if TYPE_CHECKING:
+    from serving.versions import VersionRouter
+
+    from serving.agent import Agent
+    from serving.engines.base import Engine
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Message = dict[str, str]
+
+_STATUS: dict[StopReason, FinalStatus] = {
+    "answer": "done",
+    "no_answer": "no_answer",
+    "length": "length",
+    "cancelled": "cancelled",
+}
+
+
+class Overloaded(RuntimeError):
+    """As many answers are in flight as may be. The message says so; the same request can be sent again later."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked. `messages`: OpenAI's chat shape, text only, the whole context, ending with the user's.
+
+    `version`: a loaded version id, or None for the one in service. `verifier` and `gold` come together: the answer is
+    then judged as soon as it is there. `conversation_id`: the conversation that the turn belongs to, or a new one.
+    """
+
+    owner: str
+    messages: list[Message]
+    sampling: Sampling
+    conversation_id: str | None = None
+    version: str | None = None
+    verifier: str | None = None
+    gold: str | None = None
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+@dataclass(frozen=True)
+class Started:
+    """The turn is in the store; tokens follow."""
+
+    turn_id: str
+    conversation_id: str
+    version: str
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The turn is closed in the store, and judged if the question named a verifier."""
+
+    started: Started
+    trajectory: Trajectory
+    outcome: Outcome | None
+
+
+ServiceEvent = Started | Event | Finished
+
+
+class Service:
+    """Answers questions with the version in service and records everything. One per process, used from one loop."""
+
+    def __init__(
+        self, store: Store, router: VersionRouter, agent: Agent, engine: Engine, max_answers: int = 64
+    ) -> None:
+        self.store = store
+        self.router = router
+        self.engine = engine
+        self._agent = agent
+        self._max_answers = max_answers
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def in_flight(self) -> int:
+        """Answers under way."""
+        return self._in_flight
+
+    async def answer(self, question: Question) -> AsyncGenerator[ServiceEvent]:
+        """`Started`, the agent's events but `Done`, then `Finished`. Closing the generator cancels the answer.
+
+        Raises Overloaded, UnknownVerifier, PromptTooLong, UnknownVersion, NotFound (the conversation) before
+        `Started`; EngineError and StoreError at any time, after the turn has been closed as `error`.
+        """
+        if question.verifier is not None:
+            verifiers.get(question.verifier)
+        async with _ShieldedExitStack() as stack:
+            stack.enter_context(self._place())
+            prompt_ids = self._agent.render(question.messages)  # here: a tokenizer isn't for several threads
+            version = await stack.enter_async_context(self.router.lease(question.version))
+            started = await self._begin(question, version, prompt_ids)
+            recording = _Recording(self.store, started.turn_id)
+            stack.push_async_exit(recording.close)
+            events = self._agent.answer(question.messages, version, question.sampling)
+            stack.push_async_callback(events.aclose)
+            yield started
+            async for event in events:
+                if isinstance(event, Done):
+                    recording.trajectory = event.trajectory
+                    break
+                if isinstance(event, AnswerText):
+                    recording.text += event.text
+                elif isinstance(event, StepDone):
+                    await self.call(self.store.append_step, started.turn_id, event.step)
+                yield event
+            else:
+                raise EngineError(f"the answer of version {version} ended without a last event: this is a bug.")
+            with anyio.CancelScope(shield=True):  # the client may leave with the last token; the verdict stays
+                trajectory = await recording.finish()
+                outcome = await self._verify(question, started, trajectory)
+            yield Finished(started, trajectory, outcome)
+
+    async def feedback(
+        self,
+        turn_id: str,
+        owner: str,
+        source: Literal["client", "person"],
+        score: float | None = None,
+        verifier: str | None = None,
+        gold: str | None = None,
+        reason: str = "",
+    ) -> Outcome:
+        """A verdict on a finished turn: a score in [0, 1], or a verifier and the right answer, which then score it.
+
+        Raises NotFound for a turn that doesn't exist or is another owner's, UnknownVerifier, StoreError.
+        """
+
+        def judge() -> Outcome:
+            turn = self.store.turn(turn_id)
+            if self.store.conversation(turn.conversation_id).owner != owner:
+                raise NotFound("turn", turn_id)
+            value, why = score, reason
+            if verifier is not None and gold is not None:
+                calls = sum(step.action in ("code", "search") for step in turn.steps)
+                judged = verifiers.get(verifier).score(gold, turn.answer, tool_calls=calls)
+                value, why = judged.value, reason or judged.reason
+            return self.store.add_outcome(turn_id, source, value, verifier or "", gold or "", why, owner)
+
+        return await self.call(judge)
+
+    async def health(self) -> tuple[bool, dict[str, object]]:
+        """Whether answers can be given and recorded, and a report with a line for each part."""
+        report: dict[str, object] = {"version": None, "answers_in_flight": self._in_flight}
+        healthy = True
+        try:
+            report["engine"] = engine = await self.engine.health()
+            report["version"] = self.router.current
+            healthy = engine.get("ok") is True
+        except EngineError as error:
+            healthy, report["engine"] = False, {"error": str(error)}
+        try:
+            report["store"] = {"queue": await self.call(self.store.queue_stats)}
+        except StoreError as error:
+            healthy, report["store"] = False, {"error": str(error)}
+        return healthy, {"status": "ok" if healthy else "unhealthy"} | report
+
+    def fit(self, messages: list[Message], room: int) -> list[Message]:
+        """`messages` without as many of the oldest exchanges as it takes to leave `room` tokens for the answer.
+
+        The last message always stays; if it is too long by itself, `answer` says so.
+        """
+        limit = self.engine.context_length - room
+        fitted = list(messages)
+        while len(fitted) > 1:
+            try:
+                if len(self._agent.render(fitted)) <= limit:
+                    break
+            except PromptTooLong:
+                pass  # the same answer, given earlier
+            del fitted[: 2 if fitted[0]["role"] == "user" else 1]
+        return fitted
+
+    async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """A blocking function, off the event loop."""
+        return await asyncio.to_thread(function, *args, **kwargs)
+
+    async def drain(self, seconds: float) -> int:
+        """Wait for the answers in flight to end; returns how many are left."""
+        with anyio.move_on_after(seconds):
+            await self._idle.wait()
+        return self._in_flight
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        if self._in_flight >= self._max_answers:
+            raise Overloaded(f"{self._in_flight} answers are in flight, which is the limit: try again in a moment.")
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
+
+    async def _begin(self, question: Question, version: str, prompt_ids: list[int]) -> Started:
+        def begin() -> tuple[str, str]:
+            conversation_id = question.conversation_id
+            if conversation_id is None:
+                conversation_id = self.store.create_conversation(question.owner)
+            elif self.store.conversation(conversation_id).owner != question.owner:
+                raise NotFound("conversation", conversation_id)  # another's is told apart from none by nobody
+            turn_id = self.store.begin_turn(
+                conversation_id, question.messages, version, prompt_ids, question.request_id
+            )
+            return conversation_id, turn_id
+
+        conversation_id, turn_id = await self.call(begin)
+        return Started(turn_id, conversation_id, version, len(prompt_ids))
+
+    async def _verify(self, question: Question, started: Started, trajectory: Trajectory) -> Outcome | None:
+        if question.verifier is None or question.gold is None:
+            return None
+        name, gold = question.verifier, question.gold
+
+        def verify() -> Outcome:
+            judged = verifiers.get(name).score(gold, trajectory.answer, tool_calls=trajectory.tool_calls)
+            return self.store.add_outcome(
+                started.turn_id, "verifier", judged.value, name, gold, judged.reason, question.owner
+            )
+
+        return await self.call(verify)
+
+
+class _ShieldedExitStack(AsyncExitStack):
+    """Its clean-up runs to the end even inside a request that has been cancelled."""
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> bool | None:
+        with anyio.CancelScope(shield=True):
+            swallowed = await super().__aexit__(kind, error, trace)
+        return swallowed
+
+
+class _Recording:
+    """Closes a turn exactly once: as done after the last event, else as cancelled or as an error."""
+
+    def __init__(self, store: Store, turn_id: str) -> None:
+        self._store = store
+        self._turn_id = turn_id
+        self._closed = False
+        self.text = ""  # what has been streamed of the answer
+        self.trajectory: Trajectory | None = None
+
+    async def finish(self) -> Trajectory:
+        assert self.trajectory is not None, "finish comes after the agent's last event"
+        await self._write(self.trajectory.answer, _STATUS[self.trajectory.stop_reason])
+        return self.trajectory
+
+    async def close(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if self._closed:
+            return
+        if isinstance(error, Exception):
+            await self._write(self.text, "error", f"{type(error).__name__}: {error}")
+        else:  # the generator was closed, or its task cancelled
+            await self._write(self.text, "cancelled")
+
+    async def _write(self, answer: str, status: FinalStatus, error: str = "") -> None:
+        self._closed = True
+        await asyncio.to_thread(self._store.finish_turn, self._turn_id, answer, status, error)

@@ -1,0 +1,144 @@
+"""Every knob, typed, in one place: from whetstone.toml and from WHETSTONE_* variables, which win."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+SearchBackend = Literal["ddgs", "local"]
+
+
+class SettingsError(ValueError):
+    """A knob has a value that can't be used. The message names the knob and the way out."""
+
+
+class Settings(BaseSettings):
+    """Lists are written as TOML lists, or in a variable as `a,b`.
+
+    The files, later ones winning: `~/.whetstone/whetstone.toml`, `./whetstone.toml`, `$WHETSTONE_CONFIG`.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="WHETSTONE_", extra="forbid", validate_default=True)
+
+    home: Path = Field(Path("~/.whetstone"), description="model, store, versions and runs")
+    model_name: str = Field("whetstone", min_length=1, description="the model name that means the version in service")
+
+    host: str = "127.0.0.1"
+    api_port: int = Field(8000, ge=1, le=65535)
+    web_port: int = Field(7860, ge=1, le=65535)
+    api_keys: Annotated[list[SecretStr], NoDecode] = Field(
+        default_factory=list, description="when set, a request needs one as its bearer token, and the chat as password"
+    )
+    max_body_bytes: int = Field(1_000_000, ge=1_000)
+    max_answers: int = Field(64, ge=1, description="answers in flight before the next is told to come back later")
+    shutdown_seconds: float = Field(20.0, ge=0, description="how long answers in flight may take to end on shutdown")
+
+    slots: int = Field(4, ge=1, description="sequences that the engine works on at once")
+    context: int = Field(4096, ge=512, le=8192, description="tokens of prompt and answer together; the model has 8192")
+    threads: int | None = Field(None, ge=1, description="threads of the engine; None: one a physical core")
+
+    max_turns: int = Field(4, ge=0, description="tool calls in one answer")
+    observation_tokens: int = Field(256, ge=16, description="of one tool result, read by the policy")
+    max_tokens: int = Field(512, ge=16, description="of one generation; a request may ask for fewer")
+    temperature: float = Field(0.7, ge=0, le=2)
+    top_p: float = Field(0.95, gt=0, le=1)
+
+    search_backends: Annotated[list[SearchBackend], NoDecode] = Field(
+        default=["ddgs", "local"], min_length=1, description="asked in this order until one answers"
+    )
+    search_seconds: float = Field(6.0, gt=0, description="of one look-up on the web")
+    documents: Path | None = Field(None, description="a folder of .txt and .md files that search reads as well")
+    python_seconds: float = Field(8.0, gt=0, description="of one run in the sandbox")
+    unsafe_without_sandbox: bool = Field(
+        False,
+        description="where bubblewrap is missing, run the model's Python with this user's rights",
+    )
+    queue_max: int = Field(10_000, ge=1, description="tasks that may wait for training")
+
+    @field_validator("api_keys", "search_backends", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    @field_validator("home", "documents")
+    @classmethod
+    def _expand(cls, value: Path | None) -> Path | None:
+        return value.expanduser().absolute() if value else None
+
+    @model_validator(mode="after")
+    def _guard(self) -> Settings:
+        if not self.is_loopback and not self.api_keys:
+            raise ValueError(
+                f"host {self.host!r} can be reached by other machines, and no API key is set: anyone could run code "
+                "in the sandbox and teach the model. Set WHETSTONE_API_KEYS to one or more secrets, or keep "
+                "WHETSTONE_HOST=127.0.0.1."
+            )
+        if self.api_port == self.web_port:
+            raise ValueError(f"api_port and web_port are both {self.api_port}: give them different numbers.")
+        if self.max_tokens + self.observation_tokens > self.context:
+            raise ValueError(
+                f"max_tokens {self.max_tokens} + observation_tokens {self.observation_tokens} leave no room for a "
+                f"prompt in context {self.context}: raise context or lower one of them."
+            )
+        return self
+
+    @property
+    def is_loopback(self) -> bool:
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False  # a name: it may resolve to anything
+
+    @property
+    def store_path(self) -> Path:
+        return self.home / "whetstone.db"
+
+    @property
+    def display_host(self) -> str:
+        """The host as a person types it into a browser on this machine."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"[{host}]" if ":" in host else host
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        files = [Path("~/.whetstone/whetstone.toml").expanduser(), Path("whetstone.toml")]
+        if named := os.environ.get("WHETSTONE_CONFIG"):
+            files.append(Path(named).expanduser())
+            if not files[-1].is_file():
+                raise SettingsError(f"WHETSTONE_CONFIG names {named!r}, which isn't a file: mend the path or unset it.")
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, files)
+
+
+def load(**overrides: Any) -> Settings:
+    """Settings from the files and the environment; raises `SettingsError` with one line a mistake."""
+    try:
+        return Settings(**overrides)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            name = ".".join(str(part) for part in item["loc"])
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{name}: {message} (got {item['input']!r})" if name else message)
+        raise SettingsError("\n".join(lines)) from None
+    except ValueError as error:  # a file that isn't TOML
+        raise SettingsError(f"whetstone.toml can't be read: {error}") from error

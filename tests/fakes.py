@@ -1,0 +1,104 @@
+"""An engine that says what a test wants, and a router of one version, where a test is about neither."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from serving.engines.base import EngineError, GenerateRequest, TokenChunk, UnknownVersion
+
+Script = Callable[[str], str]  # the context's text -> what the policy writes next
+
+
+class ScriptedEngine:
+    """Writes `script(context)`, a few tokens a chunk. `delay`: seconds between chunks; `dead`: every request fails."""
+
+    def __init__(self, tokenizer: object, script: Script, context: int = 2048) -> None:
+        self._tokenizer = tokenizer
+        self._context = context
+        self._loaded = ["v0"]
+        self.script = script
+        self.delay = 0.0
+        self.dead = False
+        self.dies_after: int | None = None  # chunks
+        self.aborted = 0
+
+    @property
+    def context_length(self) -> int:
+        return self._context
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
+        if self.dead:
+            raise EngineError("The engine has stopped: restart it with `whetstone up`.")
+        if request.version not in self._loaded:
+            raise UnknownVersion(f"Version {request.version!r} isn't loaded.")
+        text = self.script(self._tokenizer.decode(request.token_ids))  # type: ignore[attr-defined]
+        ids = self._tokenizer.encode(text, add_special_tokens=False)  # type: ignore[attr-defined]
+        cut = ids[: request.sampling.max_tokens]
+        finished = False
+        try:
+            for number, start in enumerate(range(0, len(cut), 3)):
+                if self.dies_after is not None and number >= self.dies_after:
+                    raise EngineError("The engine died in the middle of an answer: restart it with `whetstone up`.")
+                await asyncio.sleep(self.delay)
+                part = cut[start : start + 3]
+                yield TokenChunk(part, [-0.1] * len(part), request.version)
+            finished = True
+            stopped = any(text.endswith(tag) for tag in request.stop)
+            reason = "length" if len(cut) < len(ids) else "stop" if stopped else "eos"
+            yield TokenChunk([], [], request.version, reason)
+        finally:
+            self.aborted += not finished
+
+    async def load(self, version: str, path: Path | None) -> None:
+        self._loaded.append(version)
+
+    async def unload(self, version: str) -> None:
+        self._loaded.remove(version)
+
+    def loaded(self) -> list[str]:
+        return list(self._loaded)
+
+    async def health(self) -> dict[str, object]:
+        return {"ok": not self.dead, "engine": "scripted"}
+
+    async def close(self) -> None:
+        self._loaded.clear()
+
+
+class FixedRouter:
+    """Always the same version, and the others that the engine has by name."""
+
+    def __init__(self, engine: ScriptedEngine, current: str = "v0") -> None:
+        self._engine = engine
+        self.current = current
+        self.leases = 0
+
+    def loaded(self) -> list[str]:
+        return self._engine.loaded()
+
+    @asynccontextmanager
+    async def lease(self, version: str | None = None) -> AsyncIterator[str]:
+        version = version or self.current
+        if version not in self._engine.loaded():
+            raise UnknownVersion(f"Version {version!r} isn't loaded.")
+        self.leases += 1
+        try:
+            yield version
+        finally:
+            self.leases -= 1
+
+
+def calculator(context: str) -> str:
+    """A policy that multiplies in Python, and otherwise greets."""
+    tail = context[context.rfind("<|im_start|>user") :]
+    if "<response>" in tail:
+        result = tail[tail.rfind("<response>") + len("<response>") :].split("</response>")[0].strip()
+        return f"<think>Python says so.</think><answer>The result is {result}.</answer>"
+    if "slow" in tail:
+        return "<think>Counting.</think><answer>" + "one two three four five " * 40 + "</answer>"
+    if "*" in tail:
+        return "<think>I will multiply.</think><code>print(6 * 7)</code>"
+    return "<think>A greeting.</think><answer>Hello! How can I help?</answer>"
