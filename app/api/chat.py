@@ -34,28 +34,30 @@ def router(service: Service, settings: Settings) -> APIRouter:
 
     @routes.post("/chat/completions", summary="Answer a conversation")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        question = to_question(body, request.state.owner, service, settings)
+        question = to_question(body, request.state.owner, settings)
         answer = service.answer(question)
         if body.stream:
             include_usage = bool(body.stream_options and body.stream_options.include_usage)
             return await _stream(answer, include_usage)
         return await _whole(answer, request)
 
-    @routes.get("/models", summary="The version in service, then the others that are loaded")
+    @routes.get("/models", summary="The version in service, then the others that can be asked for")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": await _models(service, settings)}
 
     @routes.get("/models/{model_id:path}")
     async def model(model_id: str) -> dict[str, Any]:
-        for entry in await _models(service, settings):
+        models = await _models(service, settings)
+        for entry in models:
             if entry["id"] == model_id:
                 return entry
-        raise _no_model(model_id, service, settings)
+        names = ", ".join(entry["id"] for entry in models)
+        raise ApiError(404, f"there is no model {model_id!r}; there are {names}.", "model_not_found", "model")
 
     return routes
 
 
-def to_question(body: ChatRequest, owner: str, service: Service, settings: Settings) -> Question:
+def to_question(body: ChatRequest, owner: str, settings: Settings) -> Question:
     """The request, checked, with the settings' defaults where it leaves something open. Raises ApiError."""
     if refused := body.unsupported():
         param, message = refused
@@ -66,11 +68,6 @@ def to_question(body: ChatRequest, owner: str, service: Service, settings: Setti
     for index, said in enumerate(messages):
         if said["role"] == "user" and not said["content"].strip():
             raise ApiError(400, f"messages.{index}: the message is empty.", "empty_message", "messages")
-    version = None
-    if body.model != settings.model_name:
-        if body.model not in service.router.loaded():
-            raise _no_model(body.model, service, settings)
-        version = body.model
     metadata = body.metadata
     asked = body.max_completion_tokens or body.max_tokens or settings.max_tokens
     return Question(
@@ -83,7 +80,7 @@ def to_question(body: ChatRequest, owner: str, service: Service, settings: Setti
             seed=body.seed,
         ),
         conversation_id=metadata.conversation_id if metadata else None,
-        version=version,
+        version=None if body.model == settings.model_name else body.model,
         verifier=metadata.verifier if metadata else None,
         gold=metadata.gold if metadata else None,
     )
@@ -136,30 +133,21 @@ async def _events(
 
 
 async def _models(service: Service, settings: Settings) -> list[dict[str, Any]]:
+    """The name that means the version in service, that version, then the other published ones, newest first."""
     current = service.router.current
-    known = {version.id: version for version in await service.call(service.store.versions)}
-    loaded = [current, *sorted(set(service.router.loaded()) - {current})]
-    entries = [_model(settings.model_name, known.get(current), current, is_current=True)]
-    return entries + [_model(id_, known.get(id_), id_, is_current=id_ == current) for id_ in loaded]
+    loaded = service.router.loaded()
+    published = [v for v in await service.call(service.store.versions) if v.status == "published"]
+    known = {version.id: version for version in published}
+    others = [version.id for version in reversed(published) if version.id != current]
 
+    def entry(name: str, id_: str) -> dict[str, Any]:
+        version = known.get(id_)
+        created = int(version.created_at.timestamp()) if version else 0
+        parent = version.parent if version else None
+        details = {"version": id_, "parent": parent, "current": id_ == current, "loaded": id_ in loaded}
+        return {"id": name, "object": "model", "created": created, "owned_by": "whetstone", "whetstone": details}
 
-def _model(id_: str, version: Any, version_id: str, is_current: bool) -> dict[str, Any]:
-    created = int(version.created_at.timestamp()) if version is not None else 0
-    details = {"version": version_id, "current": is_current}
-    if version is not None:
-        details |= {"parent": version.parent, "status": version.status}
-    return {"id": id_, "object": "model", "created": created, "owned_by": "whetstone", "whetstone": details}
-
-
-def _no_model(name: str, service: Service, settings: Settings) -> ApiError:
-    loaded = ", ".join(service.router.loaded())
-    return ApiError(
-        404,
-        f"the model {name!r} doesn't exist here: use {settings.model_name!r} for the version in service, "
-        f"or a loaded version: {loaded}.",
-        "model_not_found",
-        "model",
-    )
+    return [entry(settings.model_name, current), *[entry(id_, id_) for id_ in (current, *others)]]
 
 
 def _headers(started: Started) -> dict[str, str]:

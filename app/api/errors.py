@@ -14,6 +14,7 @@ from app.service import Overloaded
 from feedback_store import NotFound, StoreError
 from online_rl.verifiers import UnknownVerifier
 from serving.engines.base import EngineError, PromptTooLong, UnknownVersion
+from serving.manifest import CorruptVersion
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,9 @@ def as_api_error(error: Exception) -> ApiError:
         case StoreError():
             log.error("the store failed: %s", error)
             return ApiError(503, f"{error} Nothing is answered while it can't be recorded.", "store_unavailable")
+        case CorruptVersion():
+            log.error("a version can't be loaded: %s", error)
+            return ApiError(503, str(error), "version_corrupt", "model")
         case EngineError():
             log.error("the engine failed: %s", error)
             return ApiError(503, str(error), "engine_unavailable", headers=_RETRY)
@@ -93,6 +97,7 @@ def install(app: FastAPI) -> None:
         EngineError,
         StoreError,
         UnknownVerifier,
+        CorruptVersion,
         Overloaded,
         Exception,
     ):
