@@ -50,7 +50,8 @@ def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except OSError as error:
         raise TaskFileError(path, 0, "", f"cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise TaskFileError(path, error.object[: error.start].count(b"\n") + 1, "", "is not UTF-8 text: save the file as UTF-8") from error
+        at = error.object[: error.start].count(b"\n") + 1
+        raise TaskFileError(path, at, "", "is not UTF-8 text: save the file as UTF-8") from error
     for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: JSON strings may hold U+2028
         if not line.strip():
             continue
