@@ -26,7 +26,7 @@ import warnings
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -160,6 +160,7 @@ class TAPOTrainer(GRPOTrainer):  # type: ignore[misc]
                 rollout_func=lambda prompts, trainer: self._sampled(),
             )
         self.remove_callback(PrinterCallback)
+        self.current_gradient_accumulation_steps = 1  # training_step accumulates by itself
 
     # -- sampling
 
@@ -258,7 +259,7 @@ class TAPOTrainer(GRPOTrainer):  # type: ignore[misc]
             logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
-            self._seen = logps.detach(), entropies
+            self._seen = logps.detach(), entropies.detach()
             return logps, entropies, aux_loss
         policy: Any = self._policy.get_base_model()
         head = policy.get_output_embeddings()
@@ -272,6 +273,16 @@ class TAPOTrainer(GRPOTrainer):  # type: ignore[misc]
         logps, entropies = (blank.masked_scatter(own, values) for values in flat)
         self._seen = logps.detach(), entropies
         return logps, entropies, None
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Linear warm-up, then constant. transformers' own begins at 0, which would waste the first step's rollouts."""
+        if self.lr_scheduler is None:
+            steps = self.recipe.warmup_steps + 1
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or cast(Any, self.optimizer), lambda step: min(1.0, (step + 1) / steps)
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)
@@ -538,6 +549,13 @@ def _save_adapter(model: PeftModel, folder: Path) -> Path:
 
 
 def _config(recipe: Recipe, run_dir: Path) -> GRPOConfig:
+    with warnings.catch_warnings():
+        # TRL's default is on, by the name that transformers calls deprecated; the new name alone can't switch it off
+        warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")
+        return _grpo_config(recipe, run_dir)
+
+
+def _grpo_config(recipe: Recipe, run_dir: Path) -> GRPOConfig:
     return GRPOConfig(
         output_dir=str(run_dir),
         # One TRL "batch" is the whole step: training_step cuts it into micro-batches itself
@@ -553,8 +571,6 @@ def _config(recipe: Recipe, run_dir: Path) -> GRPOConfig:
         epsilon_high=recipe.epsilon_high,
         temperature=1.0,  # the engine's logprobs are the policy's own, before temperature; so must the trainer's be
         learning_rate=recipe.learning_rate,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=recipe.warmup_steps,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         max_steps=recipe.max_steps,

@@ -1,13 +1,18 @@
-"""A random Llama of a hundred thousand parameters with a byte-level tokenizer, made on the spot: no download."""
+"""A random Llama of a hundred thousand parameters, its byte-level tokenizer, and rollouts of it: no download."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from online_rl.rollouts import Rollout
+from online_rl.tasks.base import Task
+from serving.trajectory import Step, Trajectory
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -62,3 +67,43 @@ def save_tiny_model(folder: Path, seed: int = 0) -> Path:
     tiny_model(seed).save_pretrained(str(folder))
     tiny_tokenizer().save_pretrained(str(folder))
     return folder
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Rewards of a test: the outcome is the total unless said otherwise."""
+
+    outcome: float
+    format: float = 0.0
+    overlong: float = 0.0
+    efficiency: float = 1.0
+    extra: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.outcome + self.format + self.overlong + self.extra
+
+
+def spoken(prompt_ids: list[int], ids: list[int], logprobs: list[float], mask: list[int] | None = None) -> Trajectory:
+    """A trajectory of one step with these completion tokens; `mask` 0 marks what a tool wrote."""
+    mask = mask or [1] * len(ids)
+    step = Step(0, ids, logprobs, mask, "v", "", "answer", "")
+    return Trajectory(prompt_ids, [step], "", "answer", "v")
+
+
+def sampler(policy: PeftModel, tokenizer: PreTrainedTokenizerFast, length: int) -> Rollout:
+    """Rollouts of `length` tokens drawn from the policy itself, by the seed alone."""
+
+    async def rollout(task: Task, seed: int) -> Trajectory:
+        generator = torch.Generator().manual_seed(seed)
+        prompt = list(tokenizer(task.question).input_ids)
+        ids: list[int] = []
+        logprobs: list[float] = []
+        with torch.no_grad():
+            for _ in range(length):
+                logp = policy(input_ids=torch.tensor([prompt + ids])).logits[0, -1].log_softmax(-1)
+                ids.append(int(torch.multinomial(logp.exp(), 1, generator=generator)))
+                logprobs.append(float(logp[ids[-1]]))
+        return spoken(prompt, ids, logprobs)
+
+    return rollout
