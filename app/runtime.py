@@ -4,69 +4,73 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
+from app.record import open_store
 from app.service import Service
 from app.settings import Settings
-from feedback_store import Store
+from feedback_store import StoreError
+from serving.agent import Agent, Limits
+from serving.dialects.tapo import TapoDialect
+from serving.engines.base import EngineError
+from serving.engines.llamacpp import LlamaCppEngine
+from serving.model import ModelMissing, prepare_base
+from serving.versions import VersionRouter, install_shipped
+from tools.registry import build_tools
 
 Progress = Callable[[str], None]
 
 
-def open_store(settings: Settings) -> Store:
-    """The record, migrated to this release; made if there is none. Raises StoreError."""
-    settings.home.mkdir(parents=True, exist_ok=True)
-    return Store.open(settings.store_path, max_pending=settings.queue_max)
+class CantStart(RuntimeError):
+    """Some part can't be had. The message is that part's own, with its way out."""
 
 
 @asynccontextmanager
 async def running_service(settings: Settings, progress: Progress = lambda _: None) -> AsyncIterator[Service]:
     """A service that answers, and is closed at the end of the block. `progress` hears each stage.
 
-    Raises StoreError, ModelMissing, EngineError (no version can be loaded), CorruptVersion.
+    Raises CantStart: the store, the model, the tools or every version failed.
     """
-    # Imported here: they bring in the model libraries, which commands that only read the record can do without.
-    from serving.agent import Agent, Limits
-    from serving.dialects.tapo import TapoDialect
-    from serving.engines.llamacpp import LlamaCppEngine
-    from serving.model import prepare_base
-    from serving.versions import VersionRouter, install_shipped
-    from tools.registry import build_tools
+    async with AsyncExitStack() as stack:
+        try:
+            service = await _start(settings, progress, stack)
+        except (StoreError, EngineError, ValueError, OSError, ModelMissing) as error:
+            raise CantStart(str(error)) from error
+        stack.push_async_callback(service.drain, settings.shutdown_seconds)
+        yield service
 
+
+async def _start(settings: Settings, progress: Progress, stack: AsyncExitStack) -> Service:
     progress("Opening the store")
     store = await asyncio.to_thread(open_store, settings)
-    try:
-        left = await asyncio.to_thread(store.recover)
-        if left:
-            progress(f"Closed {left} turn{'s' if left > 1 else ''} that an earlier process left open")
-        progress("Preparing the model (once, about half a minute)")
-        base = await asyncio.to_thread(prepare_base, settings.home, progress)
-        await asyncio.to_thread(install_shipped, store, settings.home)
-        progress("Preparing the tools")
-        tools = await asyncio.to_thread(
-            build_tools,
-            settings.home,
-            settings.search_backends,
-            unsafe=settings.unsafe_without_sandbox,
-            code_timeout_s=settings.python_seconds,
-            search_timeout_s=settings.search_seconds,
-            documents=settings.documents,
-        )
-        progress("Starting the engine")
-        engine = LlamaCppEngine(base, settings.slots, settings.context, settings.threads)
-        router = VersionRouter(store, engine, base.fingerprint)
-        try:
-            await router.start()
-            tool_seconds = max(settings.python_seconds, settings.search_seconds) * 2
-            limits = Limits(settings.max_turns, settings.observation_tokens, tool_seconds)
-            agent = Agent(engine, TapoDialect(base.tokenizer), tools, limits)
-            service = Service(store, router, agent, engine, settings.max_answers)
-            try:
-                yield service
-            finally:
-                await service.drain(settings.shutdown_seconds)
-        finally:
-            await router.close()
-            await engine.close()
-    finally:
-        await asyncio.to_thread(store.close)
+    stack.push_async_callback(asyncio.to_thread, store.close)
+    left = await asyncio.to_thread(store.recover)
+    if left:
+        progress(f"Closed {left} turn{'s' if left > 1 else ''} that an earlier process left open")
+    progress("Preparing the model (the first time, about half a minute)")
+    base = await asyncio.to_thread(prepare_base, settings.home, progress)
+    await asyncio.to_thread(install_shipped, store, settings.home)
+    progress("Preparing the tools")
+    tools = await asyncio.to_thread(
+        build_tools,
+        settings.home,
+        settings.search_backends,
+        unsafe=settings.unsafe_without_sandbox,
+        code_timeout_s=settings.python_seconds,
+        search_timeout_s=settings.search_seconds,
+        documents=settings.documents,
+    )
+    progress("Starting the engine")
+    engine = LlamaCppEngine(base, settings.slots, settings.context, settings.threads)
+    stack.push_async_callback(engine.close)
+    router = VersionRouter(store, engine, base.fingerprint)
+    stack.push_async_callback(router.close)
+    await router.start()
+    tool_seconds = 2 * max(settings.python_seconds, settings.search_seconds)
+    agent = Agent(
+        engine,
+        TapoDialect(base.tokenizer),
+        tools,
+        Limits(settings.max_turns, settings.observation_tokens, tool_seconds),
+    )
+    return Service(store, router, agent, engine, settings.max_answers)

@@ -7,7 +7,7 @@ import contextlib
 import errno
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -33,7 +33,7 @@ class _Server(uvicorn.Server):
         yield  # `serve` below stops both servers together
 
 
-async def serve(apps: dict[int, ASGIApp], settings: Settings, ready: Callable[[], None] = lambda: None) -> None:
+async def serve(apps: Mapping[int, ASGIApp], settings: Settings, ready: Callable[[], None] = lambda: None) -> None:
     """Serve each port's application; returns after SIGINT or SIGTERM, when open requests have ended.
 
     A second signal stops waiting for them. Raises PortTaken before anything is served.

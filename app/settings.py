@@ -138,7 +138,8 @@ def load(**overrides: Any) -> Settings:
         for item in error.errors():
             name = ".".join(str(part) for part in item["loc"])
             message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{name}: {message} (got {item['input']!r})" if name else message)
+            got = f" (got {item['input']!r})" if name and not name.startswith("api_keys") else ""  # a secret stays one
+            lines.append(f"{name}: {message}{got}" if name else message)
         raise SettingsError("\n".join(lines)) from None
     except ValueError as error:  # a file that isn't TOML
         raise SettingsError(f"whetstone.toml can't be read: {error}") from error

