@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,13 @@ def save_adapter(model: Any, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)
 
 
-def save_version(model: Any, folder: Path, base: BaseModel, parent: str | None, **about: Any) -> Manifest:
-    """Save the adapter as the version named by the folder; `about` fills the manifest's other fields."""
+def save_version(
+    save: Callable[[Path], None], folder: Path, base: BaseModel, parent: str | None, **about: Any
+) -> Manifest:
+    """Make the version named by the folder; `save` writes its adapter, `about` fills the manifest's other fields."""
     return write_version(
         folder,
-        lambda work: save_adapter(model, work),
+        save,
         lambda files: Manifest(
             id=folder.name, parent=parent, base=base.fingerprint, base_name=base.id, files=files, **about
         ),

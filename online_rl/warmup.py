@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from online_rl import verifiers
-from online_rl.adapters import fresh_adapter, save_version
+from online_rl.adapters import fresh_adapter, save_adapter, save_version
 from online_rl.tasks.base import Task
 from online_rl.tasks.generated import generate
 from serving.agent import Agent, Limits
@@ -30,9 +30,9 @@ from serving.trajectory import ActionKind
 class WarmupConfig:
     """How many demonstrations of each kind, and how to train on them. `rank` and `alpha` are the adapter's."""
 
-    arithmetic: tuple[int, int, int] = (180, 240, 180)  # by level
-    lookup: int = 300
-    plain: int = 150
+    arithmetic: tuple[int, int, int] = (110, 160, 110)  # by level
+    lookup: int = 220
+    plain: int = 120
     earlier_turn: float = 0.15  # share of demonstrations that follow an earlier exchange
     rank: int = 8
     alpha: int = 16
@@ -156,7 +156,7 @@ def run(
     )
     trainer.train()
     return save_version(
-        trainer.model,
+        lambda work: save_adapter(trainer.model, work),
         folder,
         base,
         parent=None,

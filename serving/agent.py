@@ -5,6 +5,7 @@ Chat, endpoint, evaluation and training rollouts all run this. Tokens come from 
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -33,9 +34,11 @@ _ROOM_FOR_AN_ANSWER = 64  # tokens that a prompt must leave free
 
 @dataclass(frozen=True)
 class Limits:
-    """`max_turns`: tool turns before the last generation, with tools off (4 in the paper). Tokens, seconds."""
+    """`max_turns`: tool turns before the last generation, with tools off (4 in the paper). `answer_tokens`: the
+    policy's own tokens in one answer, over all its generations."""
 
     max_turns: int = 4
+    answer_tokens: int = 1024
     observation_tokens: int = 256
     tool_seconds: float = 15.0
 
@@ -77,7 +80,8 @@ class Agent:
         prompt_ids = self.render(messages)
         context = list(prompt_ids)
         steps: list[Step] = []
-        answer, stop_reason = "", "no_answer"
+        answer = ""
+        stop_reason: StopReason = "no_answer"
         for index in range(self.limits.max_turns + 1):
             last = index == self.limits.max_turns
             began = time.monotonic()
@@ -85,8 +89,12 @@ class Agent:
             ids: list[int] = []
             logprobs: list[float] = []
             reason = None
-            seed = None if sampling.seed is None else sampling.seed + index
-            request = GenerateRequest(context, version, replace(sampling, seed=seed), self.dialect.stops(last))
+            drawn = replace(
+                sampling,
+                seed=None if sampling.seed is None else sampling.seed + index,
+                max_tokens=min(sampling.max_tokens, self.limits.answer_tokens - sum(sum(s.mask) for s in steps)),
+            )
+            request = GenerateRequest(context, version, drawn, self.dialect.stops(last))
             async with aclosing(self.engine.generate(request)) as chunks:  # type: ignore[type-var]
                 async for chunk in chunks:
                     ids += chunk.token_ids
@@ -105,13 +113,14 @@ class Agent:
                 observation = Observation("invalid", INVALID, error=True)
             else:
                 yield ToolCall(parsed.action, parsed.input.strip())
-                observation = await (call or self._call)(parsed.action, parsed.input.strip())
+                observation = await (call or self.run_tool)(parsed.action, parsed.input.strip())
                 yield ToolResult(observation)
+            spent = sum(sum(step.mask) for step in steps) + len(ids)
             room = self.engine.context_length - len(context) - len(ids) - _ROOM_FOR_AN_ANSWER
             observed = self.dialect.encode_observation(
                 observation.text, self.limits.observation_tokens, last=index + 1 == self.limits.max_turns
             )
-            full = len(observed) > room
+            full = len(observed) > room or spent >= self.limits.answer_tokens
             if full:
                 observed = []
             steps.append(_step(index, parsed, ids, logprobs, version, began, observation, observed))
@@ -120,8 +129,7 @@ class Agent:
                 answer, stop_reason = _bare(parsed.text), "length"
                 break
             context = context + ids + observed
-        reason_: StopReason = stop_reason  # type: ignore[assignment]
-        yield Done(Trajectory(prompt_ids, steps, answer, reason_, version))
+        yield Done(Trajectory(prompt_ids, steps, answer, stop_reason, version))
 
     async def roll_out(
         self,
@@ -145,8 +153,6 @@ class Agent:
         characters = 8 * self.limits.observation_tokens
         outcome = await call_tool(tool, text, self.limits.tool_seconds, characters)
         return Observation(name, outcome.text, outcome.error, outcome.artifact, outcome.seconds)
-
-    _call = run_tool
 
 
 def _step(
@@ -177,6 +183,4 @@ def _step(
 
 def _bare(text: str) -> str:
     """What an unfinished generation said, without its markup: better than nothing for the reader."""
-    import re
-
     return re.sub(r"</?(?:think|code|search|answer|response)>|<\|[^|>]*\|>", " ", text).strip()

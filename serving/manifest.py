@@ -69,7 +69,9 @@ def read_version(folder: Path, base: str | None = None) -> Manifest:
     for name, expected in manifest.files.items():
         file = folder / name
         if not file.exists() or _sha256(file) != expected:
-            raise CorruptVersion(f"{file} is missing or altered: its sha256 isn't the manifest's. Restore it or retrain.")
+            raise CorruptVersion(
+                f"{file} is missing or altered: its sha256 isn't the manifest's. Restore it or retrain."
+            )
     if base is not None and manifest.base != base:
         raise CorruptVersion(
             f"Version {manifest.id!r} was trained on base {manifest.base} ({manifest.base_name}), not on {base}."
@@ -90,5 +92,3 @@ def copy_version(source: Path, target: Path) -> Manifest:
 
 def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
-
-

@@ -40,8 +40,8 @@ class _Served:
 
 
 class LlamaCppEngine:
-    """`context`: tokens a request may hold, prompt and answer. Memory a version: about 46 kB x slots x context
-    for SmolLM2-135M (its KV cache in float16), 190 MB at the defaults."""
+    """`context`: tokens a request may hold, prompt and answer. Memory a version: about 23 kB x slots x context
+    for SmolLM2-135M (its KV cache in float16): 190 MB at the defaults."""
 
     def __init__(self, base: BaseModel, slots: int = 4, context: int = 2048, threads: int | None = None) -> None:
         self.base = base

@@ -1,0 +1,375 @@
+"""One run of online learning: claim, train, evaluate, gate, publish, swap.
+
+Each stage leaves what the next one needs in the run's folder and a line in the store's journal, so a run that was
+killed goes on where it was: the same tasks, the last whole checkpoint. Until the last stage, nothing that serves
+changes. A run that ends without a better version says why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from langchain_core.tools import BaseTool
+
+from feedback_store import Run, Store
+from online_rl.adapters import load_adapter, save_adapter, save_version
+from online_rl.evaluation import Recorded, evaluate
+from online_rl.gate import Decision, GateConfig, ItemResult, decide
+from online_rl.recipe import Recipe
+from online_rl.report import write_report
+from online_rl.rewards import RewardConfig, score_group
+from online_rl.rollouts import GroupReplay, Progress
+from online_rl.tapo import Metrics, train
+from online_rl.tasks.base import Task
+from online_rl.tasks.generated import Kind, generate
+from serving.agent import Agent, Limits
+from serving.dialects.tapo import TapoDialect
+from serving.engines.base import PromptTooLong, Sampling
+from serving.engines.llamacpp import LlamaCppEngine
+from serving.manifest import WEIGHTS
+from serving.model import BaseModel
+from serving.trajectory import Trajectory
+
+CONTEXT = 1536  # tokens of prompt, tools' results and answer in training; longer prompts are set aside
+LEASE_S = 3600.0
+
+Listener = Callable[[str, int, int, str], None]
+"""`listener(stage, done, of, note)`: where a run stands."""
+
+
+class RunRefused(RuntimeError):
+    """A run can't start. The message says what to do."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run works on. `practice`: generated tasks by kind, which make up for a short queue; they are drawn from
+    the split that `heldout`, the evaluation's tasks by kind, never touches."""
+
+    recipe: Recipe
+    recipe_name: str = "embedded-cpu"
+    claim: int = 256
+    practice: Mapping[Kind, int] = field(default_factory=lambda: {"arithmetic": 96, "lookup": 96})
+    heldout: Mapping[Kind, int] = field(default_factory=lambda: {"arithmetic": 60, "lookup": 60, "plain": 20})
+    least_tasks: int = 8
+    evaluation: Sampling = field(default_factory=lambda: Sampling(temperature=0.7, max_tokens=256, seed=1))
+    gate: GateConfig = field(default_factory=GateConfig)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended. `version` is the one that it made, promoted or refused; None when it made none."""
+
+    run_id: str
+    status: str  # promoted | refused | ended
+    version: str | None
+    reasons: list[str]
+    folder: Path
+    report: dict[str, Any]
+
+
+def run_once(
+    home: Path,
+    store: Store,
+    base: BaseModel,
+    tools: dict[str, BaseTool],
+    options: RunOptions,
+    listener: Listener = lambda *_: None,
+) -> RunResult:
+    """A whole run, or the rest of one that was interrupted. Blocks.
+
+    Raises RunRefused when another run is under way or no version is registered. On any other failure the run stays
+    resumable; call again.
+    """
+    with _only_run(home):
+        return asyncio.run(_Run(home, store, base, tools, options, listener).go())
+
+
+@contextlib.contextmanager
+def _only_run(home: Path) -> Iterator[None]:
+    """One run at a time on one home; the lock dies with its process."""
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "training.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunRefused("Another training run is under way here. `whetstone runs` shows it.") from None
+        yield
+
+
+class _Run:
+    def __init__(
+        self,
+        home: Path,
+        store: Store,
+        base: BaseModel,
+        tools: dict[str, BaseTool],
+        options: RunOptions,
+        listener: Listener,
+    ) -> None:
+        self.home, self.store, self.base, self.options, self.listener = home, store, base, options, listener
+        self.recipe = options.recipe
+        self.engine = LlamaCppEngine(base, slots=self.recipe.concurrency, context=CONTEXT)
+        limits = Limits(
+            max_turns=self.recipe.max_turns,
+            answer_tokens=self.recipe.max_response_tokens,
+            observation_tokens=self.recipe.max_observation_tokens,
+        )
+        self.agent = Agent(self.engine, TapoDialect(base.tokenizer), tools, limits)
+        self.seconds: dict[str, float] = {}
+        self.sampled: str | None = None  # the engine's name of the weights that rollouts come from
+
+    async def go(self) -> RunResult:
+        run = self._unfinished() or self._start()
+        self.id, self.folder = run.id, self.home / "runs" / run.id
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.parent: str = run.detail["parent"]
+        self.candidate: str = run.detail["candidate"]
+        try:
+            with self._timed("claim"):
+                tasks = self._claim()
+            if len(tasks) < self.options.least_tasks:
+                return self._end(f"{len(tasks)} tasks are too few to learn from; at least {self.options.least_tasks}.")
+            with self._timed("train"):
+                metrics = await self._train(tasks)
+            if not any(step["groups_mixed"] for step in metrics):
+                return self._end("Every group was all right or all wrong: these tasks have nothing to teach now.")
+            with self._timed("evaluate"):
+                before, after, examples = await self._evaluate()
+            decision = decide(before, after, self.options.gate)
+            self._journal("gate", promote=decision.promote, reasons=decision.reasons)
+            return self._publish(tasks, metrics, decision, examples)
+        finally:
+            await self.engine.close()
+
+    # -- stages
+
+    def _unfinished(self) -> Run | None:
+        """The newest run that a kill left open. Its process is gone, since this one holds the lock."""
+        for run in self.store.runs():
+            if run.status == "running" and run.detail.get("recipe") == self.recipe.model_dump():
+                self.listener("resume", 0, 0, f"{run.id}, interrupted in stage {run.stage or 'claim'}")
+                return run
+            if run.status == "running":
+                self.store.finish_run(run.id, "failed", {"reasons": ["interrupted, then replaced by another recipe"]})
+        return None
+
+    def _start(self) -> Run:
+        parent = self.store.current_version()
+        if parent is None:
+            raise RunRefused("No version is in service to learn from. Start `whetstone up` once, then train.")
+        taken = [int(v.id[1:]) for v in self.store.versions() if v.id[:1] == "v" and v.id[1:].isdigit()]
+        detail = {"parent": parent, "candidate": f"v{max(taken, default=0) + 1}", "recipe": self.recipe.model_dump()}
+        return self.store.run(self.store.start_run(self.options.recipe_name, detail))
+
+    def _claim(self) -> list[Task]:
+        """Queued tasks first, then generated practice. Written down, so that a resumed run trains on the same."""
+        file = self.folder / "tasks.json"
+        if file.exists():
+            self.store.renew(self.id, LEASE_S)
+            tasks = [Task(**row | {"messages": tuple(row["messages"])}) for row in json.loads(file.read_text())]
+        else:
+            frozen = {task.question for task in self._heldout()}
+            tasks, aside = [], Counter[str]()
+            self.store.release(self.id)  # what a claim held that was killed before it was written down
+            for queued in self.store.claim(self.id, self.options.claim, LEASE_S):
+                task = Task(
+                    tuple(queued.messages), queued.verifier, queued.gold, queued.kind, "queue", {"queue_id": queued.id}
+                )
+                reason = "held out for evaluation" if task.question in frozen else self._unfit(task)
+                aside[reason] += 1
+                if not reason:
+                    tasks.append(task)
+            claimed = len(tasks)
+            for kind, count in self.options.practice.items():
+                wanted = max(0, count - claimed)
+                tasks += generate(kind, wanted, self.recipe.seed + len(self.store.runs()), "train") if wanted else []
+            _write(file, [asdict(task) for task in tasks])
+            del aside[""]
+            self._journal("claim", claimed=claimed, practice=len(tasks) - claimed, set_aside=dict(aside))
+        from_queue = sum(task.source == "queue" for task in tasks)
+        self.listener(
+            "claim", len(tasks), len(tasks), f"{from_queue} from the queue, {len(tasks) - from_queue} practice"
+        )
+        return tasks
+
+    def _unfit(self, task: Task) -> str:
+        try:
+            self.agent.render(task.messages)
+        except PromptTooLong:
+            return "too long for the training context"
+        return ""
+
+    async def _train(self, tasks: list[Task]) -> list[Metrics]:
+        done = self.folder / "trained.json"
+        if done.exists():
+            rows: list[Metrics] = json.loads(done.read_text())
+            return rows
+        self._journal("train", steps=self.recipe.max_steps)
+        parent = Path(self.store.version(self.parent).path)
+        model = await asyncio.to_thread(load_adapter, self.base, parent, "float32")
+        call = GroupReplay(self.agent.run_tool)
+        sampling = Sampling(temperature=self.recipe.temperature, max_tokens=self.recipe.max_response_tokens)
+
+        async def rollout(task: Task, seed: int) -> Trajectory:
+            assert self.sampled is not None, "sync comes before the first rollout"
+            return await self.agent.roll_out(
+                task.messages, self.sampled, Sampling(sampling.temperature, 1.0, sampling.max_tokens, seed), call
+            )
+
+        def on_step(metrics: Metrics) -> None:
+            self.store.renew(self.id, LEASE_S)
+            note = f"reward {metrics['reward']:.2f}, accuracy {metrics['accuracy']:.0%}, ETA {metrics['eta_s']:.0f} s"
+            self.listener("train", metrics["step"], self.recipe.max_steps, note)
+
+        def on_progress(at: Progress) -> None:
+            self.listener("rollouts", at.rollouts, at.of, f"round {at.round}, {at.mixed} of {at.wanted} groups")
+
+        result = await asyncio.to_thread(
+            train,
+            self.recipe,
+            model,
+            self.base.tokenizer,
+            tasks,
+            rollout,
+            lambda trajectories, task: score_group(trajectories, task, RewardConfig.of(self.recipe)),
+            self._sync,
+            self.folder,
+            on_step,
+            on_progress,
+            True,
+            asyncio.get_running_loop(),
+        )
+        await asyncio.to_thread(save_adapter, model, self.folder / "candidate")
+        _write(done, result.metrics)
+        return result.metrics
+
+    async def _sync(self, model: Any, step: int) -> str:
+        """Serve the trainer's weights as of `step` to the rollouts that come next."""
+        name = f"{self.id}-step{step}"
+        folder = self.folder / "sampler" / f"step-{step}"
+        await asyncio.to_thread(save_adapter, model, folder)
+        (folder / "adapter.gguf").unlink(missing_ok=True)
+        await self.engine.load(name, folder)
+        if self.sampled is not None:
+            await self.engine.unload(self.sampled)
+        for old in folder.parent.iterdir():
+            if old != folder:
+                shutil.rmtree(old)
+        self.sampled = name
+        return name
+
+    def _heldout(self) -> list[Task]:
+        return [t for kind, n in self.options.heldout.items() for t in generate(kind, n, 0, "heldout")]
+
+    async def _evaluate(self) -> tuple[list[ItemResult], list[ItemResult], list[dict[str, str]]]:
+        """Version in service and candidate on the held-out tasks, same seeds, same tool results."""
+        done = self.folder / "evaluated.json"
+        if not done.exists():
+            tasks = self._heldout()
+            self._journal("evaluate", tasks=len(tasks))
+            if self.sampled is not None:
+                await self.engine.unload(self.sampled)
+            call = Recorded(self.agent.run_tool)
+            sides = []
+            for version, path in (
+                (self.parent, Path(self.store.version(self.parent).path)),
+                (self.candidate, self.folder / "candidate"),
+            ):
+                await self.engine.load(version, path)
+                sides.append(
+                    await evaluate(
+                        tasks,
+                        self.agent,
+                        version,
+                        self.options.evaluation,
+                        call,
+                        self.recipe.concurrency,
+                        lambda n, of, version=version: self.listener("evaluate", n, of, version),  # type: ignore[misc]
+                    )
+                )
+                await self.engine.unload(version)
+            (before, old), (after, new) = sides
+            examples = [
+                {"question": task.question, "gold": task.gold, "before": o.answer, "after": n.answer,
+                 "change": "fixed" if b.correct < a.correct else "broken"}
+                for task, b, a, o, n in zip(tasks, before, after, old, new, strict=True)
+                if b.correct != a.correct
+            ]  # fmt: skip
+            rows = {"before": [asdict(r) for r in before], "after": [asdict(r) for r in after], "examples": examples}
+            _write(done, rows)
+        stored = json.loads(done.read_text())
+        results = [[ItemResult(**row) for row in stored[side]] for side in ("before", "after")]
+        return results[0], results[1], stored["examples"]
+
+    def _publish(
+        self, tasks: list[Task], metrics: list[Metrics], decision: Decision, examples: list[dict[str, str]]
+    ) -> RunResult:
+        status = "promoted" if decision.promote else "refused"
+        queue_ids = [task.meta["queue_id"] for task in tasks if task.source == "queue"]
+        target = self.home / "versions" / self.candidate
+        if not (target / "manifest.json").exists():
+            trained = self.folder / "candidate"
+            save_version(
+                lambda work: [shutil.copyfile(trained / name, work / name) for name in WEIGHTS] and None,
+                target,
+                self.base,
+                self.parent,
+                recipe=self.recipe.model_dump(),
+                seed=self.recipe.seed,
+                command=f"whetstone train --once --recipe {self.options.recipe_name}",
+                task_ids=[task.id for task in tasks],
+                gate=decision.report(),
+            )
+        manifest = json.loads((target / "manifest.json").read_text())
+        if self.candidate not in {version.id for version in self.store.versions()}:
+            known = "published" if decision.promote else "refused"
+            self.store.add_version(self.candidate, self.parent, str(target), manifest, known, run_id=self.id)
+        self._journal("publish", version=self.candidate, status=status)
+        self.store.complete(self.id, queue_ids)
+        if decision.promote:
+            self.store.set_current(self.candidate, f"{self.id}: {decision.reasons[0]}")
+            self._journal("swap", version=self.candidate)
+        report = {
+            "run": self.id, "status": status, "parent": self.parent, "version": self.candidate,
+            "reasons": decision.reasons, "gate": decision.report(), "examples": examples,
+            "tasks": dict(Counter(f"{task.kind} ({task.source})" for task in tasks)),
+            "steps": len(metrics), "seconds": {k: round(v, 1) for k, v in self.seconds.items()},
+        }  # fmt: skip
+        write_report(self.folder, report, metrics)
+        self.store.finish_run(self.id, status, report)  # type: ignore[arg-type]
+        shutil.rmtree(self.folder / "sampler", ignore_errors=True)
+        return RunResult(self.id, status, self.candidate, decision.reasons, self.folder, report)
+
+    def _end(self, reason: str) -> RunResult:
+        """Politely: nothing was wrong, there was only nothing to learn. Claimed tasks go back to the queue."""
+        report = {"run": self.id, "status": "ended", "reasons": [reason], "seconds": self.seconds}
+        self.store.finish_run(self.id, "ended", report)
+        return RunResult(self.id, "ended", None, [reason], self.folder, report)
+
+    def _journal(self, stage: str, **detail: Any) -> None:
+        self.store.set_stage(self.id, stage, detail)
+
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - began
+
+
+def _write(file: Path, value: Any) -> None:
+    """JSON, whole or not at all: its presence says that the stage is done."""
+    draft = file.with_suffix(".part")
+    draft.write_text(json.dumps(value))
+    os.replace(draft, file)
