@@ -24,7 +24,8 @@ class TaskFileError(ValueError):
     """A task file can't be read. The message names the file, the line and the field."""
 
     def __init__(self, path: Path, line: int, field: str, problem: str) -> None:
-        super().__init__(f"{path}, line {line}: {f'{field!r} ' if field else ''}{problem}")
+        where = f"{path}, line {line}" if line else str(path)  # line 0: the file as a whole
+        super().__init__(f"{where}: {f'{field!r} ' if field else ''}{problem}")
         self.path, self.line, self.field = path, line, field
 
 
@@ -39,7 +40,7 @@ def load(path: Path) -> list[Task]:
         first_line[task.id] = line
         tasks.append(task)
     if not tasks:
-        raise TaskFileError(path, 1, "", "no task in the file")
+        raise TaskFileError(path, 0, "", "no task in the file")
     return tasks
 
 

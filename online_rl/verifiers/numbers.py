@@ -22,6 +22,7 @@ _FRACTION = re.compile(r"\s*([-+]?[0-9]{1,30})\s*/\s*([0-9]{1,30})\s*\.?\s*")
 _MARK = re.compile(
     r"\\boxed\{|####|=|\b(?:answer|result|total|solution)\s*:|\b(?:is|are|equals|equal to|gives|makes)\b", re.I
 )
+_OPERATION = re.compile(r"[0-9][)}\]$% ]*(?:[-+*/^×÷]|x(?=[ (0-9]))[ ({\[$]*\.?[0-9]")  # noqa: RUF001
 _SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 
@@ -44,15 +45,14 @@ def plain_digits(text: str) -> str:
 def read_number(text: str) -> Reading:
     """The number that `text` commits to.
 
-    One number (said as often as it likes) is it. Of several, the last marked one is ("= 7", "the answer is 7",
-    "#### 7"), if nothing but it follows the mark; otherwise the text has hedged and commits to none.
+    One number, said as often as it likes but not in a sum that is left to the reader, is it. Of several, the last
+    marked one is ("= 7", "the answer is 7", "#### 7"), if nothing but it follows the mark; otherwise the text has
+    hedged and commits to none.
     """
     text = plain_digits(text).replace("{,}", ",").replace("\\$", "$").replace("\\%", "%").replace("\\,", ",")
     whole = _numbers(text)
     if isinstance(whole, str):
         return Reading(None, whole)
-    if len(set(whole)) == 1:
-        return Reading(whole[0])
     if not whole:
         return Reading(None, "no number in the answer")
     marks = list(_MARK.finditer(text))
@@ -60,9 +60,12 @@ def read_number(text: str) -> Reading:
     fraction = _FRACTION.fullmatch(after if marks else text)
     if fraction and int(fraction[2]):
         return Reading(Decimal(int(fraction[1])) / Decimal(int(fraction[2])))
-    committed = _numbers(after)
-    if isinstance(committed, list) and len(set(committed)) == 1:
-        return Reading(committed[0])
+    for part in (text, after):
+        numbers = _numbers(part)
+        if isinstance(numbers, list) and len(set(numbers)) == 1 and (len(numbers) == 1 or not _OPERATION.search(part)):
+            return Reading(numbers[0])
+    if len(set(whole)) == 1:
+        return Reading(None, "a sum that is left to the reader")
     return Reading(None, f"{len(set(whole))} different numbers and none marked as the answer")
 
 
