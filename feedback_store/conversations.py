@@ -7,7 +7,6 @@ from datetime import timedelta
 from typing import Any, get_args
 
 from sqlalchemy import Connection, Row, Select, func, insert, select, update
-from sqlalchemy.exc import IntegrityError
 
 from feedback_store.codec import pack_ids, pack_logprobs, pack_mask, unpack_ids, unpack_logprobs, unpack_mask
 from feedback_store.database import Database
@@ -223,10 +222,10 @@ class Conversations(Database):
         }
         with self._write() as connection:
             _status_of_open_turn(connection, turn_id)
-            try:
-                connection.execute(insert(steps).values(values))
-            except IntegrityError as error:
-                raise InvalidRecord(f"Turn {turn_id} already has a step {step.index}.") from error
+            same = select(steps.c.position).where(steps.c.turn_id == turn_id, steps.c.position == step.index)
+            if connection.execute(same).first() is not None:
+                raise InvalidRecord(f"Turn {turn_id} already has a step {step.index}.")
+            connection.execute(insert(steps).values(values))
 
     def finish_turn(self, turn_id: str, answer: str, status: FinalStatus, error: str = "") -> None:
         if status not in get_args(FinalStatus):
@@ -248,6 +247,15 @@ class Conversations(Database):
                 raise NotFound("turn", turn_id)
             its_steps = connection.execute(select(steps).where(steps.c.turn_id == turn_id).order_by(steps.c.position))
             return _turn(row, [_step(step) for step in its_steps])
+
+    def turn_of_request(self, request_id: str) -> str:
+        """The id of the turn that answered a request: clients know a request's id, not a turn's."""
+        newest = select(turns.c.id).where(turns.c.request_id == request_id).order_by(turns.c.id.desc()).limit(1)
+        with self._read() as connection:
+            turn_id = connection.execute(newest).scalar() if request_id else None
+        if turn_id is None:
+            raise NotFound("turn of the request", request_id)
+        return str(turn_id)
 
     def turns(self, conversation_id: str | None = None, limit: int = 50) -> list[Turn]:
         """Without their steps, the newest first."""

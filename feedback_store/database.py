@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from feedback_store.codec import to_json
 from feedback_store.errors import StoreError, explained
@@ -63,7 +63,7 @@ def connect_to(url: URL, busy_seconds: float, *, foreign_keys: bool = True, **op
 class Database:
     """The base of the store's parts. Thread-safe; a process that forks must open the store again in the child."""
 
-    def __init__(self, engine: Engine, *, max_pending: int, now: Clock) -> None:
+    def __init__(self, engine: Engine, *, max_pending: int, busy_seconds: float, now: Clock) -> None:
         self._engine = engine
         self._writer = engine.execution_options(will_write=True)
         self._where = engine.url.database or "" if engine.dialect.name == "sqlite" else str(engine.url)
@@ -72,9 +72,8 @@ class Database:
         self._max_pending = max_pending
         self._now = now
         # SQLite has one writer at a time. Threads that queue here in order don't poll against each other there.
-        self._turnstile: AbstractContextManager[Any] = (
-            threading.Lock() if engine.dialect.name == "sqlite" else nullcontext()
-        )
+        self._turnstile = threading.Lock() if engine.dialect.name == "sqlite" else None
+        self._busy_seconds = busy_seconds
 
     @property
     def where(self) -> str:
@@ -104,14 +103,31 @@ class Database:
     @contextmanager
     def _write(self) -> Iterator[Connection]:
         self._check_usable()
-        with self._turnstile, explained(self._where), self._writer.begin() as connection:
+        with self._in_turn(), explained(self._where), self._writer.begin() as connection:
             yield connection
+
+    @contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        if self._turnstile is None:
+            yield
+            return
+        if not self._turnstile.acquire(timeout=2 * self._busy_seconds):  # whoever is in front may wait once itself
+            raise StoreError(f"The store {self._where}: other threads kept it locked for too long. Try again.")
+        try:
+            yield
+        finally:
+            self._turnstile.release()
 
 
 def parse_location(path_or_url: str | os.PathLike[str]) -> URL:
     """A URL for a URL, and SQLite's for anything else."""
     text = os.fspath(path_or_url)
-    url = make_url(text) if "://" in text else sqlite_url(os.path.abspath(os.path.expanduser(text)))
+    try:
+        url = make_url(text) if "://" in text else sqlite_url(os.path.abspath(os.path.expanduser(text)))
+    except ArgumentError as error:
+        raise StoreError(
+            f"{text!r} is no database URL. Give a file path, sqlite:///… or postgresql+psycopg://…"
+        ) from error
     if url.get_backend_name() == "sqlite" and (not url.database or ":memory:" in text):
         raise StoreError(f"The store can't live in memory ({text!r}): server and trainer share it. Give a file path.")
     return url

@@ -41,25 +41,25 @@ def bring_up_to_date(url: URL, busy_seconds: float, revision: str = "head") -> N
     where = str(url.database) if sqlite else str(url)
     if sqlite:
         _check_writable(Path(where))
-    with explained(where):
-        if sqlite:
+    # Foreign keys rest during a migration: a table that is rebuilt is dropped for a moment.
+    engine = connect_to(url, busy_seconds, foreign_keys=False, poolclass=NullPool)
+    with explained(where), _alembic:
+        scripts = ScriptDirectory.from_config(_config())
+        target = scripts.get_current_head() if revision == "head" else revision
+        with engine.connect() as looking:
+            found = _revision(looking, scripts, where)
+        if sqlite:  # only now: a file of another program is left as it is
             _use_write_ahead_log(Path(where), busy_seconds)
-        # Foreign keys rest during a migration: a table that is rebuilt is dropped for a moment.
-        engine = connect_to(url, busy_seconds, foreign_keys=False, poolclass=NullPool)
-        with _alembic:
-            scripts = ScriptDirectory.from_config(_config())
-            target = scripts.get_current_head() if revision == "head" else revision
-            with engine.connect() as looking:
-                if _revision(looking, scripts, where) == target:
-                    return
-            with engine.execution_options(will_write=True).begin() as connection:
-                if not sqlite:
-                    connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
-                found = _revision(connection, scripts, where)  # another process may have been first
-                if found == target:
-                    return
-                backup = _back_up(Path(where), found) if sqlite and found else None
-                _upgrade(connection, revision, where, found, backup)
+        if found == target:
+            return
+        with engine.execution_options(will_write=True).begin() as connection:
+            if not sqlite:
+                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
+            found = _revision(connection, scripts, where)  # another process may have been first
+            if found == target:
+                return
+            backup = _back_up(Path(where), found) if sqlite and found else None
+            _upgrade(connection, revision, where, found, backup)
 
 
 def _upgrade(connection: Connection, revision: str, where: str, found: str | None, backup: Path | None) -> None:

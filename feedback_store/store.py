@@ -41,7 +41,7 @@ class Store(Conversations, Outcomes, Queue, Versions, Runs):
         """
         url = parse_location(path_or_url)
         bring_up_to_date(url, busy_seconds)
-        return cls(connect_to(url, busy_seconds), max_pending=max_pending, now=now)
+        return cls(connect_to(url, busy_seconds), max_pending=max_pending, busy_seconds=busy_seconds, now=now)
 
     def __enter__(self) -> Self:
         return self
