@@ -73,10 +73,13 @@ async def call_tool(tool: BaseTool, input: str, timeout_s: float, max_chars: int
     no control characters but line feeds and tabs.
     """
     began = time.monotonic()
+    artifact: dict[str, Any]
     task = asyncio.create_task(_invoke(tool, input))
     try:
         await asyncio.wait({task}, timeout=timeout_s)
-        if task.done():
+        if task.cancelled():  # by itself: a cancelled call never gets here
+            text, error, artifact = f"CancelledError: {tool.name} gave up.", True, {"exception": "CancelledError"}
+        elif task.done():
             text, error, artifact = task.result()
         else:
             text, error, artifact = f"Timed out: {tool.name} has {timeout_s:g} s.", True, {"timed_out": True}
@@ -90,6 +93,8 @@ async def call_tool(tool: BaseTool, input: str, timeout_s: float, max_chars: int
 async def _invoke(tool: BaseTool, input: str) -> tuple[str, bool, dict[str, Any]]:
     """(text, error, artifact) of a call, with every exception made into text."""
     try:
+        if len(tool.args) != 1:
+            raise TypeError(f"The tool {tool.name} takes {len(tool.args)} arguments; a policy's action gives one.")
         (argument,) = tool.args
         call = {"type": "tool_call", "name": tool.name, "id": "1", "args": {argument: input}}
         message = await tool.ainvoke(call)

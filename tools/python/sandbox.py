@@ -164,7 +164,9 @@ def _wrap(bwrap: str, tmp_bytes: int, filter_fd: int) -> list[str]:
     command += ["--ro-bind", _PYTHON, "/python/bin/python"]
     if (base / library).is_dir():
         command += ["--tmpfs", f"/python/{library}", "--remount-ro", f"/python/{library}"]
-    command += ["--dev", "/dev", "--size", str(tmp_bytes), "--tmpfs", "/dev/shm", "--remount-ro", "/dev"]
+    for device in ("null", "zero", "random", "urandom"):
+        command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
+    command += ["--size", str(tmp_bytes), "--tmpfs", "/dev/shm"]
     command += ["--size", str(tmp_bytes), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"]
     return [*command, "--", "/python/bin/python"]
 

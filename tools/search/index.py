@@ -69,8 +69,9 @@ def build_index(path: Path, documents: Iterable[Document], key: str = "") -> int
 
 def words(text: str) -> list[str]:
     """The words of a text as titles are compared: folded case, no accents, no punctuation. 12.011 is one word."""
-    decomposed = unicodedata.normalize("NFKD", text.casefold())
-    plain = "".join(c for c in decomposed if not unicodedata.combining(c))
+    plain = text.casefold()
+    if not plain.isascii():
+        plain = "".join(c for c in unicodedata.normalize("NFKD", plain) if not unicodedata.combining(c))
     return re.findall(r"\d+(?:\.\d+)+|[^\W_]+", plain)
 
 
