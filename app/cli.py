@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from app.commands import ask, doctor, index, record, serve
+from app.commands import ask, doctor, index, learn, record, serve
 
 app = typer.Typer(
     help="A chat agent that gets better overnight from its own verified conversations.",
@@ -18,6 +18,9 @@ app.add_typer(record.versions, name="versions")
 app.command()(record.queue)
 app.command()(record.runs)
 app.add_typer(record.data, name="data")
+app.command()(learn.train)
+app.command()(learn.warmup)
+app.command("eval")(learn.evaluate)
 app.command()(index.index)
 app.command()(doctor.doctor)
 

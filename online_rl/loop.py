@@ -26,6 +26,7 @@ from feedback_store import Run, Store
 from online_rl.adapters import load_adapter, save_adapter, save_version
 from online_rl.evaluation import Recorded, evaluate
 from online_rl.gate import Decision, GateConfig, ItemResult, decide
+from online_rl.memory import keep_freed_memory
 from online_rl.recipe import Recipe
 from online_rl.report import write_report
 from online_rl.rewards import RewardConfig, score_group
@@ -217,6 +218,7 @@ class _Run:
             rows: list[Metrics] = json.loads(done.read_text())
             return rows
         self._journal("train", steps=self.recipe.max_steps)
+        keep_freed_memory()
         parent = Path(self.store.version(self.parent).path)
         model = await asyncio.to_thread(load_adapter, self.base, parent, "float32")
         call = GroupReplay(self.agent.run_tool)

@@ -17,6 +17,7 @@ from typing import Any
 
 from online_rl import verifiers
 from online_rl.adapters import fresh_adapter, save_adapter, save_version
+from online_rl.memory import keep_freed_memory
 from online_rl.tasks.base import Task
 from online_rl.tasks.generated import generate
 from serving.agent import Agent, Limits
@@ -122,6 +123,7 @@ def run(
 
     config = config or WarmupConfig()
     set_seed(config.seed)
+    keep_freed_memory()
     rows = asyncio.run(_demonstrations(base, tools, config, progress))
     model = fresh_adapter(base, config.rank, config.alpha)
 

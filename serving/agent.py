@@ -38,9 +38,9 @@ class Limits:
     policy's own tokens in one answer, over all its generations."""
 
     max_turns: int = 4
-    answer_tokens: int = 1024
     observation_tokens: int = 256
     tool_seconds: float = 15.0
+    answer_tokens: int = 1024
 
 
 class Agent:

@@ -82,7 +82,8 @@ class Trajectory:
         return self.stop_reason == "answer" and all(step.well_formed for step in self.steps)
 
 
-# Events, in the order in which they can come: (Thinking* ToolCall ToolResult StepDone)* Thinking* AnswerText* StepDone Done
+# Events, in the order in which they can come:
+# (Thinking* ToolCall ToolResult StepDone)* Thinking* AnswerText* StepDone Done
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ class VersionRouter:
     async def _try(self, version: str) -> bool:
         try:
             await self._load(version)
-        except (EngineError, CorruptVersion, StoreError) as error:
+        except (EngineError, StoreError) as error:
             self.refused[version] = f"version {version} was refused: {error}"
             log.error("%s; %s stays in service", self.refused[version], self._current)
             return False
@@ -139,5 +139,8 @@ class VersionRouter:
                 published = ", ".join(v.id for v in known.values() if v.status == "published")
                 raise UnknownVersion(f"There is no published version {version!r}; published are: {published}.")
             path = Path(known[version].path)
-            await asyncio.to_thread(read_version, path, self._base)
+            try:
+                await asyncio.to_thread(read_version, path, self._base)
+            except CorruptVersion as error:
+                raise EngineError(str(error)) from error
             await self._engine.load(version, path)

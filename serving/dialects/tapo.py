@@ -116,7 +116,7 @@ class TapoDialect:
 
 def harmless(text: str) -> str:
     """`text` with the dialect's tags and special-token brackets turned into look-alikes that mean nothing."""
-    return _TAG.sub("‹", text)
+    return _TAG.sub("\u2039", text)
 
 
 class Parser:

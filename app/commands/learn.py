@@ -1,0 +1,238 @@
+"""The learning commands: `warmup` makes a first version, `train` the next ones, `eval` measures one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from app.commands import console
+from app.commands.console import AsJson
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from app.settings import Settings
+    from serving.model import BaseModel
+
+_LABELS = {"rollouts": "  rollouts", "train": "training", "evaluate": "evaluating"}
+
+
+def train(
+    once: Annotated[bool, typer.Option("--once", help="Do one run now, and end.")] = False,
+    recipe: Annotated[str, typer.Option(help="A recipe's name, or a YAML file.")] = "embedded-cpu",
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of the recipe's.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.1, help="Stop training after so many minutes.")] = None,
+    practice: Annotated[int, typer.Option(min=0, help="Generated tasks of each kind that fill up a short queue.")] = 96,
+    as_json: AsJson = False,
+) -> None:
+    """Learn from the queue: train the version in service, test the result, and put it in service if it is better.
+
+    Interrupt it at any time; the same command goes on where it was.
+    """
+    if not once:
+        raise console.fail("only single runs exist so far: add --once. For every night, let cron call it.")
+    settings = console.settings()
+    _be_nice()
+    from app.record import open_store
+    from feedback_store import StoreError
+    from online_rl.loop import RunOptions, RunRefused, run_once
+    from online_rl.recipe import RecipeError, load_recipe
+    from serving.versions import install_shipped
+
+    overrides: dict[str, object] = {}
+    if steps is not None:
+        overrides["max_steps"] = steps
+    if minutes is not None:
+        overrides["max_minutes"] = minutes
+    try:
+        options = RunOptions(
+            load_recipe(recipe, **overrides), recipe, practice={"arithmetic": practice, "lookup": practice}
+        )
+        with _bars() as listen, open_store(settings) as store:
+            base = _base(settings, listen)
+            install_shipped(store, settings.home)
+            result = run_once(settings.home, store, base, _tools(settings), options, listen)
+    except KeyboardInterrupt:
+        console.err.print("Interrupted. Nothing is lost: the same command goes on where it was.")
+        raise typer.Exit(130) from None
+    except (RecipeError, RunRefused, StoreError, OSError, RuntimeError, ValueError) as error:
+        raise console.fail(f"{error}\nThe version in service is unchanged; the same command tries again.") from None
+    if as_json:
+        console.print_json(result.report)
+        return
+    colour = {"promoted": "green", "refused": "yellow"}.get(result.status, "cyan")
+    console.out.print(f"[bold {colour}]{result.version or 'No new version'} {result.status}[/] ({result.run_id})")
+    for reason in result.reasons:
+        console.out.print(f"  {reason}", highlight=False)
+    if "gate" in result.report:
+        _gate_table(result.report["gate"])
+        console.out.print(f"Report: {result.folder / 'report.md'}", style="dim", soft_wrap=True)
+    if result.status == "promoted":
+        console.out.print("A running server answers with it from its next answer on.")
+
+
+def warmup(
+    seed: Annotated[int, typer.Option(help="Of the demonstrations and of the training.")] = 0,
+    out: Annotated[Path, typer.Option(help="The version's folder; its name is the version's.")] = Path("v0"),
+) -> None:
+    """Teach the bare base model the dialect, by demonstrations with real tools: how `v0` was made."""
+    settings = console.settings()
+    from online_rl.warmup import WarmupConfig, run
+
+    if out.exists():
+        raise console.fail(f"{out} exists already: give another --out.")
+    try:
+        with _bars() as listen:
+            base = _base(settings, listen)
+            folder = out.expanduser().absolute()
+            work = settings.home / "warmup"
+            manifest = run(
+                base, _tools(settings, ("local",)), folder, work, WarmupConfig(seed=seed),
+                lambda phase, done, of: listen(phase, done, of, ""),
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise console.fail(str(error)) from None
+    console.out.print(f"[bold green]{manifest.id}[/] is in {folder}", soft_wrap=True)
+
+
+def evaluate(
+    version: Annotated[str | None, typer.Argument(help="A version's id; default: the one in service.")] = None,
+    items: Annotated[int, typer.Option(min=1, help="Held-out tasks of each kind.")] = 50,
+    kind: Annotated[list[str] | None, typer.Option(help="arithmetic, lookup, mixed or plain; repeat for more.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, max=2, help="Default: the one in service.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a version on held-out generated tasks, with the agent and the tools that serve."""
+    import asyncio
+
+    settings = console.settings()
+    from app.record import open_store
+    from feedback_store import NotFound, StoreError
+    from online_rl.evaluation import evaluate as measure
+    from online_rl.gate import behaviour, wilson
+    from online_rl.tasks.generated import KINDS, generate
+    from serving.agent import Agent, Limits
+    from serving.dialects.tapo import TapoDialect
+    from serving.engines.base import EngineError, Sampling
+    from serving.engines.llamacpp import LlamaCppEngine
+    from serving.versions import install_shipped
+
+    kinds = [name for name in KINDS if not kind or name in kind]
+    if unknown := sorted(set(kind or []) - set(KINDS)):
+        raise console.fail(f"unknown kind {unknown[0]!r}: choose from {', '.join(KINDS)}.")
+    chosen = settings.temperature if temperature is None else temperature
+
+    async def go(base: BaseModel, version: str, path: Path, listen: Callable[[str, int, int, str], None]) -> Any:
+        engine = LlamaCppEngine(base, slots=16, context=1536)
+        agent = Agent(engine, TapoDialect(base.tokenizer), _tools(settings, ("local",)), Limits(settings.max_turns))
+        await engine.load(version, path)
+        try:
+            return await measure(
+                tasks, agent, version, Sampling(chosen, max_tokens=256, seed=1),
+                on_item=lambda done, of: listen("evaluate", done, of, version),
+            )  # fmt: skip
+        finally:
+            await engine.close()
+
+    try:
+        tasks = [
+            task
+            for name in kinds
+            for task in generate(name, min(items, 20) if name == "plain" else items, 0, "heldout")
+        ]  # type: ignore[arg-type]
+        with _bars() as listen, open_store(settings) as store:
+            base = _base(settings, listen)
+            install_shipped(store, settings.home)
+            name = version or store.current_version() or "v0"
+            results, _ = asyncio.run(go(base, name, Path(store.version(name).path), listen))
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except (NotFound, StoreError, EngineError, OSError, ValueError) as error:
+        raise console.fail(str(error)) from None
+    rows = []
+    for slice_ in ["overall", *kinds]:
+        of = [r for r in results if slice_ in ("overall", r.kind)]
+        right = sum(r.correct for r in of)
+        low, high = wilson(right, len(of), 0.95)
+        rows.append({"kind": slice_, "n": len(of), "accuracy": right / len(of), "interval": [low, high]}
+                    | asdict(behaviour(of)))  # fmt: skip
+    if as_json:
+        console.print_json({"version": name, "temperature": chosen, "slices": rows})
+        return
+    console.table(
+        f"{name} at temperature {chosen:g}",
+        ["kind", "n", "accuracy (95 % interval)", "calls per answer", "errors per call", "well-formed"],
+        [
+            [r["kind"], r["n"], f"{r['accuracy']:.1%} ({r['interval'][0]:.1%} to {r['interval'][1]:.1%})",
+             f"{r['calls_per_answer']:.2f}", f"{r['error_rate']:.1%}", f"{r['well_formed']:.1%}"]
+            for r in rows
+        ],
+        "Nothing was measured.",
+    )  # fmt: skip
+
+
+def _gate_table(gate: dict[str, Any]) -> None:
+    console.table(
+        "Held-out tasks",
+        ["kind", "n", "before", "after", "difference (95 % interval)", "p"],
+        [
+            [row["kind"], row["n"], f"{row['before']:.1%}", f"{row['after']:.1%}",
+             f"{row['difference']:+.1%} ({row['interval'][0]:+.1%} to {row['interval'][1]:+.1%})", f"{row['p']:.2g}"]
+            for row in gate["rows"]
+        ],
+        "",
+    )  # fmt: skip
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[str, int, int, str], None]]:
+    """A listener that shows each stage as a bar with its rate and time left."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:<16}"), BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn(),
+               TextColumn("{task.fields[note]}", style="dim"))  # fmt: skip
+    with Progress(*columns, console=console.err) as progress:
+        bars: dict[str, Any] = {}
+
+        def listen(stage: str, done: int, of: int, note: str) -> None:
+            key = f"{stage} {note}" if stage == "evaluate" else stage
+            if key not in bars:
+                bars[key] = progress.add_task(_LABELS.get(stage, stage), total=of or None, note=note)
+            progress.update(bars[key], completed=done, total=of or None, note=note)
+
+        yield listen
+
+
+def _base(settings: Settings, listen: Callable[[str, int, int, str], None]) -> BaseModel:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from serving.model import prepare_base
+
+    return prepare_base(settings.home, lambda stage: listen(stage, 0, 0, ""))
+
+
+def _tools(settings: Settings, backends: tuple[str, ...] | None = None) -> dict[str, Any]:
+    from tools.registry import build_tools
+
+    return build_tools(
+        settings.home,
+        backends or settings.search_backends,
+        unsafe=settings.unsafe_without_sandbox,
+        code_timeout_s=settings.python_seconds,
+        search_timeout_s=settings.search_seconds,
+        documents=settings.documents,
+    )
+
+
+def _be_nice() -> None:
+    """Training yields to the server on the same machine, in another session too where Linux groups by session."""
+    os.nice(10)
+    with suppress(OSError):
+        Path("/proc/self/autogroup").write_text("10")

@@ -1,0 +1,125 @@
+"""The proof that Whetstone learns: `make learn`.
+
+From the shipped `v0`, a run of online learning on arithmetic and look-up tasks, through the queue, the agent, the
+engine, the real tools and the gate; then 200 held-out tasks before and after, at the temperature in service and
+greedy. Writes benchmarks/results/learn.{json,md,png}. About an hour on two cores; interrupted, it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import platform
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from feedback_store import Store
+from online_rl.evaluation import Recorded, evaluate
+from online_rl.gate import decide
+from online_rl.loop import RunOptions, run_once
+from online_rl.recipe import load_recipe
+from online_rl.report import markdown
+from online_rl.tasks.generated import generate
+from serving.agent import Agent, Limits
+from serving.dialects.tapo import TapoDialect
+from serving.engines.base import Sampling
+from serving.engines.llamacpp import LlamaCppEngine
+from serving.model import BaseModel, prepare_base
+from serving.versions import install_shipped
+from tools.registry import build_tools
+
+RESULTS = Path(__file__).parent / "results"
+HELDOUT = {"arithmetic": 100, "lookup": 100}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=35, help="of training")
+    parser.add_argument("--tasks", type=int, default=300, help="of each kind")
+    parser.add_argument("--work", type=Path, default=Path(".whetstone/learn"), help="kept, so that a run can resume")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    began = time.monotonic()
+    home: Path = args.work
+    home.mkdir(parents=True, exist_ok=True)
+    base = prepare_base(Path("~/.whetstone").expanduser(), print)
+    tools = build_tools(home, ("local",))
+    with Store.open(home / "whetstone.db") as store:
+        install_shipped(store, home)
+        for kind in HELDOUT:
+            for task in generate(kind, args.tasks, 7, "train"):  # type: ignore[arg-type]
+                store.add_task(list(task.messages), task.verifier, task.gold, kind, "benchmark")
+        options = RunOptions(
+            load_recipe("embedded-cpu", max_minutes=args.minutes),
+            claim=args.tasks * len(HELDOUT),
+            practice={},
+            heldout=HELDOUT,  # type: ignore[arg-type]
+        )
+        columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                   TextColumn("{task.fields[note]}"))  # fmt: skip
+        with Progress(*columns) as bars:
+            shown: dict[str, Any] = {}
+
+            def listen(stage: str, done: int, of: int, note: str) -> None:
+                shown.setdefault(stage, bars.add_task(stage, note="") if stage not in shown else None)
+                bars.update(shown[stage], completed=done, total=of or None, note=note)
+                if stage == "train":
+                    bars.console.print(f"step {done}: {note}")
+
+            result = run_once(home, store, base, tools, options, listen)
+        report = result.report
+        if result.version is None:
+            raise SystemExit(f"The run ended without a version: {result.reasons}")
+        folders = {v.id: Path(v.path) for v in store.versions()}
+    pair = {name: folders[name] for name in (report["parent"], report["version"])}
+    report["greedy"] = asyncio.run(_greedy(base, tools, pair))
+    report["minutes"] = round((time.monotonic() - began) / 60, 1)
+    report["machine"] = {"processor": platform.processor() or platform.machine(), "cores": 2}
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "learn.json").write_text(json.dumps(report, indent=2) + "\n")
+    shutil.copyfile(result.folder / "curve.png", args.out / "learn.png")
+    shutil.copyfile(result.folder / "metrics.jsonl", args.out / "learn.metrics.jsonl")
+    (args.out / "learn.md").write_text(_page(report))
+    print(_page(report))
+
+
+async def _greedy(base: BaseModel, tools: dict[str, Any], versions: dict[str, Path]) -> dict[str, Any]:
+    """The same held-out tasks at temperature 0, as a second measure."""
+    engine = LlamaCppEngine(base, slots=16, context=1536)
+    agent = Agent(engine, TapoDialect(base.tokenizer), tools, Limits())
+    tasks = [task for kind, n in HELDOUT.items() for task in generate(kind, n, 0, "heldout")]  # type: ignore[arg-type]
+    call = Recorded(agent.run_tool)
+    sides = []
+    for version, path in versions.items():
+        await engine.load(version, path)
+        sides.append((await evaluate(tasks, agent, version, Sampling(0.0, max_tokens=256), call))[0])
+    await engine.close()
+    return decide(*sides).report()
+
+
+def _page(report: dict[str, Any]) -> str:
+    rows = [
+        f"| {row['kind']} | {row['n']} | {row['before']:.1%} | {row['after']:.1%} | {row['difference']:+.1%} "
+        f"({row['interval'][0]:+.1%} to {row['interval'][1]:+.1%}) | {row['p']:.2g} |"
+        for row in report["greedy"]["rows"]
+    ]
+    return "\n".join([
+        markdown(report).replace("curve.png", "learn.png"),
+        "The same tasks answered greedily (temperature 0):",
+        "",
+        "| held-out tasks | n | before | after | difference (95 % interval) | p |",
+        "|---|---|---|---|---|---|",
+        *rows,
+        "",
+        f"Made by `make learn` in {report['minutes']} minutes on {report['machine']['cores']} cores.",
+        "",
+    ])  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The agent loop over a scripted engine and the real tools."""
+
+from contextlib import aclosing
+
+import pytest
+
+from serving.agent import Agent, Limits
+from serving.dialects.tapo import TapoDialect
+from serving.engines.base import PromptTooLong, Sampling
+from serving.trajectory import AnswerText, Done, Observation, StepDone, Thinking, ToolCall, ToolResult
+from tests.fakes import ScriptedEngine
+from tools.registry import build_tools
+
+ASK = [{"role": "user", "content": "What is 12 * 12?"}]
+CODE = "<think>Compute.</think>\n<code>print(12 * 12)</code>"
+ANSWER = "<think>Done.</think>\n<answer>144</answer>"
+
+
+@pytest.fixture(scope="module")
+def tools(tmp_path_factory):
+    return build_tools(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture
+def make(base, tools):
+    def make_agent(script, limits=None, context=2048):
+        return Agent(ScriptedEngine(base.tokenizer, script, context), TapoDialect(base.tokenizer), tools, limits)
+
+    return make_agent
+
+
+def in_turn(*texts):
+    """A script that writes the next of `texts` at each generation."""
+    left = iter(texts)
+    return lambda context: next(left)
+
+
+async def run(agent, messages=ASK, **options):
+    async with aclosing(agent.answer(messages, "v0", **options)) as events:
+        return [event async for event in events]
+
+
+async def test_a_tool_runs_and_the_answer_is_read_from_it(make):
+    events = await run(make(in_turn(CODE, ANSWER)))
+    kinds = [type(e) for e in events if not isinstance(e, Thinking | AnswerText)]
+    assert kinds == [ToolCall, ToolResult, StepDone, StepDone, Done]
+    trajectory = events[-1].trajectory
+    assert trajectory.answer == "144"
+    assert trajectory.steps[0].observation.text.strip() == "144"
+    assert trajectory.tool_calls == 1
+    assert trajectory.well_formed
+    assert "".join(e.text for e in events if isinstance(e, AnswerText)) == "144"
+
+
+async def test_tokens_are_the_engines_and_tool_tokens_are_masked(make, base):
+    trajectory = (await run(make(in_turn(CODE, ANSWER))))[-1].trajectory
+    own = [i for i, m in zip(trajectory.completion_ids, trajectory.mask, strict=True) if m]
+    assert own == [i for t in (CODE, ANSWER) for i in base.tokenizer.encode(t, add_special_tokens=False)]
+    assert all(p == 0.0 for p, m in zip(trajectory.logprobs, trajectory.mask, strict=True) if not m)
+    assert len(trajectory.completion_ids) == len(trajectory.logprobs) == len(trajectory.mask)
+
+
+async def test_after_the_last_turn_tools_are_off(make):
+    contexts = []
+
+    def script(context):
+        contexts.append(context)
+        return CODE if len(contexts) <= 2 else ANSWER
+
+    trajectory = (await run(make(script, Limits(max_turns=2))))[-1].trajectory
+    assert len(contexts) == 3
+    assert "No more tools" in contexts[2]
+    assert "No more tools" not in contexts[1]
+    assert trajectory.answer == "144"
+
+
+async def test_a_policy_that_never_answers_ends(make):
+    trajectory = (await run(make(lambda context: CODE, Limits(max_turns=3))))[-1].trajectory
+    assert trajectory.stop_reason == "no_answer"
+    assert not trajectory.well_formed
+    assert trajectory.tool_calls == 3
+
+
+async def test_an_invalid_action_is_told_so_and_may_be_mended(make):
+    events = await run(make(in_turn("I just chat.", ANSWER)))
+    trajectory = events[-1].trajectory
+    assert trajectory.steps[0].action == "invalid"
+    assert "Invalid action" in trajectory.steps[0].observation.text
+    assert trajectory.answer == "144"
+    assert not trajectory.well_formed
+
+
+async def test_own_tokens_of_an_answer_are_bounded(make):
+    trajectory = (await run(make(lambda context: CODE, Limits(max_turns=50, answer_tokens=40))))[-1].trajectory
+    assert trajectory.own_tokens <= 40
+    assert trajectory.stop_reason in ("length", "no_answer")
+
+
+async def test_a_hanging_tool_is_an_observation(make):
+    slow = "<think>x</think>\n<code>import time; time.sleep(60)</code>"
+    events = await run(make(in_turn(slow, ANSWER), Limits(tool_seconds=1.0)))
+    result = next(e for e in events if isinstance(e, ToolResult)).observation
+    assert result.error
+    assert "1 s" in result.text
+    assert events[-1].trajectory.answer == "144"
+
+
+async def test_tool_results_can_be_replayed(make):
+    async def replay(tool, text):
+        return Observation(tool, "from the record")
+
+    trajectory = (await run(make(in_turn(CODE, ANSWER)), call=replay))[-1].trajectory
+    assert trajectory.steps[0].observation.text == "from the record"
+
+
+async def test_a_prompt_that_leaves_no_room_is_refused_before_any_token(make):
+    agent = make(in_turn(ANSWER), context=512)
+    with pytest.raises(PromptTooLong, match="Shorten"):
+        await run(agent, [{"role": "user", "content": "word " * 2000}])
+
+
+async def test_a_long_result_never_overruns_the_context(make):
+    flood = "<think>x</think>\n<code>print('word ' * 5000)</code>"
+    agent = make(lambda context: flood, Limits(max_turns=20, observation_tokens=200), context=700)
+    trajectory = (await run(agent))[-1].trajectory
+    assert trajectory.stop_reason == "length"
+    assert len(trajectory.prompt_ids) + len(trajectory.completion_ids) <= 700
+
+
+async def test_closing_the_events_aborts_the_engine(make):
+    agent = make(in_turn(ANSWER))
+    agent.engine.delay = 0.02
+    stream = agent.answer(ASK, "v0", Sampling())
+    await anext(stream)
+    await stream.aclose()
+    assert agent.engine.aborted == 1
