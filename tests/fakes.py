@@ -1,4 +1,4 @@
-"""An engine that says what a test wants, and a router of one version, where a test is about neither."""
+"""An engine that says what a test wants, a router of one version, and a service around them with real other parts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from langchain_core.tools import BaseTool
+
+from app.service import Service
+from feedback_store import Store
+from serving.agent import Agent
+from serving.dialects.tapo import TapoDialect
 from serving.engines.base import EngineError, GenerateRequest, TokenChunk, UnknownVersion
+from serving.model import BaseModel
+from tools.python import PythonTool
+from tools.search import SearchTool, open_library
 
 Script = Callable[[str], str]  # the context's text -> what the policy writes next
 
@@ -24,6 +33,7 @@ class ScriptedEngine:
         self.dead = False
         self.dies_after: int | None = None  # chunks
         self.aborted = 0
+        self.chunks = 0
 
     @property
     def context_length(self) -> int:
@@ -44,6 +54,7 @@ class ScriptedEngine:
                     raise EngineError("The engine died in the middle of an answer: restart it with `whetstone up`.")
                 await asyncio.sleep(self.delay)
                 part = cut[start : start + 3]
+                self.chunks += 1
                 yield TokenChunk(part, [-0.1] * len(part), request.version)
             finished = True
             stopped = any(text.endswith(tag) for tag in request.stop)
@@ -91,14 +102,40 @@ class FixedRouter:
             self.leases -= 1
 
 
+async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait for something that another task or process does; fails when it never comes."""
+    for _ in range(int(seconds / 0.02)):
+        if condition():
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError(f"it didn't happen within {seconds} s")
+
+
 def calculator(context: str) -> str:
     """A policy that multiplies in Python, and otherwise greets."""
     tail = context[context.rfind("<|im_start|>user") :]
     if "<response>" in tail:
+        if "Mongolia" in tail:
+            return "<think>It says so.</think><answer>Ulaanbaatar <img src=x onerror=alert(1)></answer>"
         result = tail[tail.rfind("<response>") + len("<response>") :].split("</response>")[0].strip()
         return f"<think>Python says so.</think><answer>The result is {result}.</answer>"
+    if "Mongolia" in tail:
+        return "<think>I will look it up.</think><search>capital of Mongolia</search>"
     if "slow" in tail:
         return "<think>Counting.</think><answer>" + "one two three four five " * 40 + "</answer>"
     if "*" in tail:
         return "<think>I will multiply.</think><code>print(6 * 7)</code>"
     return "<think>A greeting.</think><answer>Hello! How can I help?</answer>"
+
+
+def make_service(
+    base: BaseModel, store: Store, max_answers: int = 8, documents: Path | None = None
+) -> tuple[Service, ScriptedEngine]:
+    """`documents`: a folder for the index of the search tool; without it the agent has Python only."""
+    engine = ScriptedEngine(base.tokenizer, calculator)
+    tools: dict[str, BaseTool] = {"code": PythonTool()}
+    if documents is not None:
+        tools["search"] = SearchTool(backends=[open_library(documents)])
+    agent = Agent(engine, TapoDialect(base.tokenizer), tools)
+    router = FixedRouter(engine)
+    return Service(store, router, agent, engine, max_answers), engine  # type: ignore[arg-type]

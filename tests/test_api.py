@@ -16,11 +16,8 @@ from app.api.app import create_app
 from app.service import Service
 from app.settings import Settings
 from feedback_store import Store, StoreError
-from serving.agent import Agent
-from serving.dialects.tapo import TapoDialect
 from serving.model import BaseModel
-from tests.fakes import FixedRouter, ScriptedEngine, calculator
-from tools.python import PythonTool
+from tests.fakes import ScriptedEngine, make_service
 
 HELLO = {"model": "whetstone", "messages": [{"role": "user", "content": "hello"}]}
 SUM = {"model": "whetstone", "messages": [{"role": "user", "content": "What is 6 * 7?"}]}
@@ -35,13 +32,6 @@ class World:
 
     async def chat(self, body: dict[str, Any], **extra: Any) -> httpx.Response:
         return await self.client.post("/v1/chat/completions", json={**body, **extra})
-
-
-def make_service(base: BaseModel, store: Store, max_answers: int = 8) -> tuple[Service, ScriptedEngine]:
-    engine = ScriptedEngine(base.tokenizer, calculator)
-    agent = Agent(engine, TapoDialect(base.tokenizer), {"code": PythonTool()})
-    router = FixedRouter(engine)
-    return Service(store, router, agent, engine, max_answers), engine  # type: ignore[arg-type]
 
 
 @pytest.fixture

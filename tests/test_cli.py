@@ -1,0 +1,131 @@
+"""The command line, as a person and a script use it."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from app.cli import app
+from app.settings import Settings, SettingsError, load
+from feedback_store import Store
+
+run = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("WHETSTONE_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def store(home: Path) -> Store:
+    opened = Store.open(home / "whetstone.db")
+    for name, parent, status in (("v0", None, "published"), ("v1", "v0", "published"), ("v2", "v1", "refused")):
+        opened.add_version(name, parent, "", {}, status)
+    opened.set_current("v0", "first")
+    opened.add_task([{"role": "user", "content": "What is 2 + 2?"}], "numeric", "4", "numeric", "person")
+    return opened
+
+
+def test_versions_are_listed_and_chosen(store: Store) -> None:
+    listed = json.loads(run.invoke(app, ["versions", "--json"]).output)
+    assert listed["current"] == "v0"
+    assert [version["id"] for version in listed["versions"]] == ["v0", "v1", "v2"]
+    assert run.invoke(app, ["versions", "use", "v1"]).exit_code == 0
+    assert store.current_version() == "v1"
+    assert "● v1" in " ".join(run.invoke(app, ["versions"]).output.split())
+
+
+@pytest.mark.parametrize(("version", "why"), [("v9", "no version"), ("v2", "refused")])
+def test_a_version_that_cant_serve_is_refused(store: Store, version: str, why: str) -> None:
+    result = run.invoke(app, ["versions", "use", version])
+    assert result.exit_code == 1
+    assert why in result.output
+    assert store.current_version() == "v0"
+
+
+def test_queue_runs_and_stats(store: Store) -> None:
+    queue = json.loads(run.invoke(app, ["queue", "--json"]).output)
+    assert queue["stats"]["pending"] == 1
+    assert queue["pending"][0]["gold"] == "4"
+    assert "What is 2 + 2?" in run.invoke(app, ["queue"]).output
+    assert json.loads(run.invoke(app, ["runs", "--json"]).output) == []
+    assert json.loads(run.invoke(app, ["data", "stats", "--json"]).output)["current_version"] == "v0"
+
+
+def test_doctor_names_every_part_and_the_way_out() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = run.invoke(app, ["doctor", "--json"], env={"WHETSTONE_API_PORT": str(port)})
+    findings = {finding["name"]: finding for finding in json.loads(result.output)}
+    assert {"Python", "torch", "sandbox", "search index", "model", "store", "ports", "web search"} <= set(findings)
+    assert findings["ports"]["state"] == "warning"
+    assert "WHETSTONE_API_PORT" in findings["ports"]["said"]
+    assert all(finding["mend"] for finding in findings.values() if finding["state"] != "ok")
+
+
+def test_up_says_which_port_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = run.invoke(app, ["up"], env={"WHETSTONE_WEB_PORT": str(port)})
+    assert result.exit_code == 1
+    assert f"127.0.0.1:{port} can't be used" in " ".join(result.output.split())
+
+
+def test_a_damaged_store_is_one_line(home: Path) -> None:
+    home.mkdir()
+    (home / "whetstone.db").write_text("not a database, " * 100)
+    result = run.invoke(app, ["queue"])
+    assert result.exit_code == 1
+    assert "not an SQLite database" in " ".join(result.output.split())
+
+
+def test_an_empty_question_is_refused() -> None:
+    assert run.invoke(app, ["ask", "  "]).exit_code == 1
+
+
+def test_an_open_host_needs_keys() -> None:
+    with pytest.raises(SettingsError, match="WHETSTONE_API_KEYS"):
+        load(host="0.0.0.0")
+    keyed = load(host="0.0.0.0", api_keys="one, two")
+    assert [key.get_secret_value() for key in keyed.api_keys] == ["one", "two"]
+
+
+def test_variables_win_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "whetstone.toml").write_text('slots = 2\ncontext = 2048\nsearch_backends = ["local"]\n')
+    monkeypatch.setenv("WHETSTONE_CONTEXT", "1024")
+    found = load()
+    assert (found.slots, found.context, found.search_backends) == (2, 1024, ["local"])
+
+
+@pytest.mark.parametrize(
+    ("knobs", "says"),
+    [
+        ({"api_port": 7860}, "both 7860"),
+        ({"context": 512, "max_tokens": 500}, "no room for a prompt"),
+        ({"search_backends": "google"}, "search_backends"),
+        ({"temprature": 1}, "temprature"),
+    ],
+)
+def test_a_wrong_knob_is_named(knobs: dict[str, object], says: str) -> None:
+    with pytest.raises(SettingsError, match=says):
+        load(**knobs)
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "whetstone.toml").write_text("slots = = 2")
+    with pytest.raises(SettingsError, match=r"whetstone\.toml"):
+        load()
+    assert Settings.model_fields["slots"].default == 4
+
+
+def test_a_secret_isnt_printed() -> None:
+    with pytest.raises(SettingsError) as refused:
+        load(api_keys=[["s3cret"]])
+    assert "s3cret" not in str(refused.value)
