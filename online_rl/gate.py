@@ -9,8 +9,10 @@ Both answered the same frozen items, so the test is paired. A candidate is promo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -234,9 +236,13 @@ def mcnemar(gained: int, lost: int) -> float:
 
 
 def wilson(right: int, n: int, confidence: float) -> tuple[float, float]:
-    """Wilson's interval for an accuracy."""
-    interval = binomtest(right, n).proportion_ci(confidence, method="wilson")
-    return float(interval.low), float(interval.high)
+    """Wilson's interval for an accuracy (1927)."""
+    # In closed form: scipy's comes only with a two-sided test, which takes many times as long.
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share, spread = right / n, z * z / n
+    centre = share + spread / 2
+    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n))
+    return (centre - half) / (1 + spread), (centre + half) / (1 + spread)
 
 
 def paired_interval(

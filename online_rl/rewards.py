@@ -115,7 +115,7 @@ def overlong(own_tokens: int, max_response_tokens: int, buffer: int) -> float:
 
 
 def efficiency(calls: int, correct: bool, fewest_correct_calls: int | None, smoothing: float = 4.0) -> float:
-    """OTC's tool term (arXiv 2504.14870, section 3): 1 at the fewest calls of the group's right answers, less above.
+    """The tool term of OTC-GRPO (arXiv 2504.14870): 1 at the fewest calls of the group's right answers, less above.
 
     With m calls against a fewest n: sin(pi m / (m + n)), or cos(pi m / (2 m + c)) where n is 0. A wrong answer keeps
     its outcome as it is (1): cheapness must not make up for being wrong.

@@ -22,7 +22,7 @@ FULL_GSM8K = Path(__file__).parents[1].parent / "shared" / "data" / "gsm8k"
 SIZES = {"arithmetic": (600, 300), "lookup": (600, 300), "mixed": (400, 200), "plain": (130, 25)}
 
 
-def gsm8k_tasks(tmp: Path | None = None) -> list[Task]:
+def gsm8k_tasks() -> list[Task]:
     """GSM8K's test set where it is at hand, else the sample in this folder."""
     if (FULL_GSM8K / "test.jsonl").is_file():
         return gsm8k(FULL_GSM8K, "test")
