@@ -58,7 +58,7 @@ def build_tools(
         DdgsBackend(timeout_s=search_timeout_s) if name == "ddgs" else open_library(home, documents)
         for name in search_backends
     ]
-    limits = replace(Limits(), wall_s=code_timeout_s, cpu_s=max(1, round(code_timeout_s)))
+    limits = replace(Limits(), wall_s=code_timeout_s, cpu_s=max(1, min(Limits.cpu_s, round(code_timeout_s))))
     return {
         "code": PythonTool(limits=limits, unsafe_without_sandbox=unsafe),
         "search": SearchTool(backends=backends, max_results=max_results, max_chars=max_chars),

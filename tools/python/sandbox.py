@@ -116,7 +116,7 @@ async def _works(bwrap: str) -> bool:
     if not seccomp.supported():
         _failures[bwrap] = f"there is no system call filter for the machine {os.uname().machine}"
         return False
-    limits = Limits()
+    limits = Limits(wall_s=60.0)  # a machine busy with training starts slowly, and that is no fault
     with _filter() as filter_fd:
         command = [*_wrap(bwrap, limits.tmp_bytes, filter_fd), *_runner(limits, sandboxed=True)]
         result = await _run(command, b"print('ready')", limits, cwd="/", pass_fds=(filter_fd,))
