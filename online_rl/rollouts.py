@@ -15,32 +15,14 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from online_rl.recipe import Recipe
+from online_rl.rewards import RewardTerms
 from online_rl.tasks.base import Task
 from serving.trajectory import Trajectory
 
 log = logging.getLogger(__name__)
-
-ACCURATE = 0.9
-"""An outcome above this counts as right (the paper's `acc`)."""
-
-
-class RewardTerms(Protocol):
-    """What one trajectory earned, term by term; `total` is what the advantage is made of."""
-
-    @property
-    def outcome(self) -> float: ...
-    @property
-    def format(self) -> float: ...
-    @property
-    def overlong(self) -> float: ...
-    @property
-    def efficiency(self) -> float: ...
-    @property
-    def total(self) -> float: ...
-
 
 Rollout = Callable[[Task, int], Awaitable[Trajectory]]
 """One answer to a task, sampled with a seed. What it raises counts as a failure of the engine or a tool."""
@@ -100,7 +82,7 @@ class Group:
 
     @property
     def accuracies(self) -> list[bool]:
-        return [terms.outcome > ACCURATE for terms in self.terms]
+        return [terms.acc for terms in self.terms]
 
     @property
     def is_mixed(self) -> bool:

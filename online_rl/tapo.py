@@ -38,10 +38,10 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from online_rl.recipe import Recipe
+from online_rl.rewards import RewardTerms
 from online_rl.rollouts import (
     Batch,
     Progress,
-    RewardTerms,
     Rollout,
     Score,
     TaskStream,

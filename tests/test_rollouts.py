@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from online_rl.recipe import Recipe
+from online_rl.rewards import RewardTerms
 from online_rl.rollouts import (
     Batch,
     Group,
@@ -21,7 +22,7 @@ from online_rl.rollouts import (
 )
 from online_rl.tasks.base import Task, ask
 from serving.trajectory import Trajectory
-from tests.tiny_model import Terms, spoken
+from tests.tiny_model import spoken
 
 TASKS = [ask(f"question {i}", "exact", "gold", "test") for i in range(6)]
 RECIPE = Recipe(group_size=4, groups_per_step=2, max_rounds=3, concurrency=3, rollout_timeout_s=0.3)
@@ -42,8 +43,8 @@ def answers(*, right: dict[str, int], default: int = 2) -> tuple[Rollout, list[t
     return rollout, calls
 
 
-def score(trajectories: list[Trajectory], task: Task) -> list[Terms]:
-    return [Terms(float(trajectory.completion_ids[0])) for trajectory in trajectories]
+def score(trajectories: list[Trajectory], task: Task) -> list[RewardTerms]:
+    return [RewardTerms(float(trajectory.completion_ids[0])) for trajectory in trajectories]
 
 
 async def test_a_batch_has_only_groups_with_both_right_and_wrong_answers():
@@ -73,15 +74,17 @@ async def test_later_rounds_draw_only_what_is_missing():
 
 
 async def test_accuracy_is_an_outcome_above_nine_tenths():
-    group = Group(TASKS[0], [], [Terms(0.9), Terms(0.91), Terms(1.0), Terms(-1.0)])
+    group = Group(TASKS[0], [], [RewardTerms(0.9), RewardTerms(0.91), RewardTerms(1.0), RewardTerms(-1.0)])
     assert group.accuracies == [False, True, True, False]
     assert group.is_mixed
-    assert not Group(TASKS[0], [], [Terms(0.2), Terms(0.8)]).is_mixed
+    assert not Group(TASKS[0], [], [RewardTerms(0.2), RewardTerms(0.8)]).is_mixed
 
 
 async def test_numbers_describe_every_scored_rollout_not_just_the_mixed_groups():
     def group(*outcomes: float) -> Group:
-        return Group(TASKS[0], [spoken([1], [1, 2], [-1.0, 0.0], [1, 0])] * len(outcomes), [Terms(o) for o in outcomes])
+        return Group(
+            TASKS[0], [spoken([1], [1, 2], [-1.0, 0.0], [1, 0])] * len(outcomes), [RewardTerms(o) for o in outcomes]
+        )
 
     numbers = describe(Batch(groups=[group(1, 0)], uniform=[group(1, 1), group(0, 0), group(1, 1)], seconds=2.0))
     assert numbers["accuracy"] == numbers["reward"] == 5 / 8
@@ -164,7 +167,7 @@ async def test_a_score_that_raises_costs_its_group_only():
     rollout, _ = answers(right={})
     victim = TaskStream(TASKS, 0).draw()[1]
 
-    def picky(trajectories: list[Trajectory], task: Task) -> list[Terms]:
+    def picky(trajectories: list[Trajectory], task: Task) -> list[RewardTerms]:
         if task == victim:
             raise ValueError("gold isn't a number")
         return score(trajectories, task)

@@ -14,11 +14,12 @@ from peft import PeftModel
 
 import online_rl.tapo
 from online_rl.recipe import Recipe
+from online_rl.rewards import RewardTerms
 from online_rl.rollouts import TaskStream
 from online_rl.tapo import TAPOTrainer
 from online_rl.tasks.base import Task, ask
 from serving.trajectory import Trajectory
-from tests.tiny_model import Terms, spoken, tiny_policy, tiny_tokenizer
+from tests.tiny_model import spoken, tiny_policy, tiny_tokenizer
 
 torch.set_num_threads(1)  # a model this small only loses by more
 TASKS = [ask("first", "exact", "g", "test"), ask("second, longer", "exact", "g", "test")]
@@ -37,9 +38,9 @@ def trainer_of(
         turn[task.id] = turn.get(task.id, -1) + 1
         return said[task.id][turn[task.id] % recipe.group_size][0]
 
-    def score(trajectories: list[Trajectory], task: Task) -> list[Terms]:
+    def score(trajectories: list[Trajectory], task: Task) -> list[RewardTerms]:
         outcomes = {id(trajectory): outcome for trajectory, outcome in said[task.id]}
-        return [Terms(outcomes[id(trajectory)]) for trajectory in trajectories]
+        return [RewardTerms(outcomes[id(trajectory)]) for trajectory in trajectories]
 
     tasks = [task for task in TASKS if task.id in said]
     run = online_rl.tapo._Caller(None)

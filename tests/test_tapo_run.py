@@ -20,11 +20,12 @@ from peft import PeftModel
 from transformers.utils.logging import set_verbosity_error
 
 from online_rl.recipe import Recipe
+from online_rl.rewards import RewardTerms
 from online_rl.rollouts import RolloutsFailed
 from online_rl.tapo import TrainingDiverged, TrainResult, last_good_checkpoint, train
 from online_rl.tasks.base import Task, ask
 from serving.trajectory import Trajectory
-from tests.tiny_model import Terms, sampler, spoken, tiny_policy, tiny_tokenizer
+from tests.tiny_model import sampler, spoken, tiny_policy, tiny_tokenizer
 
 set_verbosity_error()
 torch.set_num_threads(1)  # a model this small only loses by more
@@ -37,8 +38,8 @@ RECIPE = Recipe(
 )  # fmt: skip
 
 
-def ends_in_a_letter(trajectories: list[Trajectory], task: Task) -> list[Terms]:
-    return [Terms(float(trajectory.completion_ids[-1] in WANTED)) for trajectory in trajectories]
+def ends_in_a_letter(trajectories: list[Trajectory], task: Task) -> list[RewardTerms]:
+    return [RewardTerms(float(trajectory.completion_ids[-1] in WANTED)) for trajectory in trajectories]
 
 
 async def scripted(task: Task, seed: int) -> Trajectory:
@@ -48,8 +49,8 @@ async def scripted(task: Task, seed: int) -> Trajectory:
     return spoken(TOKENIZER(task.question).input_ids, [*ids, seed % 2], [-5.0] * len(ids) + [-5.0], None)
 
 
-def coin(trajectories: list[Trajectory], task: Task) -> list[Terms]:
-    return [Terms(float(trajectory.completion_ids[-1])) for trajectory in trajectories]
+def coin(trajectories: list[Trajectory], task: Task) -> list[RewardTerms]:
+    return [RewardTerms(float(trajectory.completion_ids[-1])) for trajectory in trajectories]
 
 
 def run(folder: Path, policy: PeftModel | None = None, recipe: Recipe = RECIPE, **changes: Any) -> TrainResult:
@@ -115,7 +116,7 @@ def test_behaviour_logprobs_make_the_ratio(tmp_path: Path):
 def test_a_step_with_nothing_to_learn_from_changes_nothing(tmp_path: Path):
     policy = tiny_policy()
     before = weights(policy)
-    result = run(tmp_path, policy, score=lambda trajectories, task: [Terms(1.0)] * len(trajectories))
+    result = run(tmp_path, policy, score=lambda trajectories, task: [RewardTerms(1.0)] * len(trajectories))
     assert result.metrics[-1]["steps_skipped"] == 4
     assert result.metrics[0]["rounds"] == RECIPE.max_rounds
     assert result.metrics[0]["groups_all_right"] == 4
@@ -221,8 +222,8 @@ def test_a_loss_that_is_no_number_stops_with_the_last_checkpoint(tmp_path: Path)
         )
 
 
-def nan_reward(trajectories: list[Trajectory], task: Task) -> list[Terms]:
-    return [Terms(float(i % 2), extra=float("nan")) for i in range(len(trajectories))]
+def nan_reward(trajectories: list[Trajectory], task: Task) -> list[RewardTerms]:
+    return [RewardTerms(float(i % 2), overlong=float("nan")) for i in range(len(trajectories))]
 
 
 def test_a_reward_that_is_no_number_stops_before_the_update(tmp_path: Path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -67,21 +66,6 @@ def save_tiny_model(folder: Path, seed: int = 0) -> Path:
     tiny_model(seed).save_pretrained(str(folder))
     tiny_tokenizer().save_pretrained(str(folder))
     return folder
-
-
-@dataclass(frozen=True)
-class Terms:
-    """Rewards of a test: the outcome is the total unless said otherwise."""
-
-    outcome: float
-    format: float = 0.0
-    overlong: float = 0.0
-    efficiency: float = 1.0
-    extra: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return self.outcome + self.format + self.overlong + self.extra
 
 
 def spoken(prompt_ids: list[int], ids: list[int], logprobs: list[float], mask: list[int] | None = None) -> Trajectory:
