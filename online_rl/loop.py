@@ -26,7 +26,7 @@ from feedback_store import Run, Store
 from online_rl.adapters import load_adapter, save_adapter, save_version
 from online_rl.evaluation import Recorded, evaluate
 from online_rl.gate import Decision, GateConfig, ItemResult, decide
-from online_rl.memory import keep_freed_memory
+from online_rl.memory import keep_freed_memory, return_freed_memory
 from online_rl.recipe import Recipe
 from online_rl.report import write_report
 from online_rl.rewards import RewardConfig, score_group
@@ -232,6 +232,7 @@ class _Run:
 
         def on_step(metrics: Metrics) -> None:
             self.store.renew(self.id, LEASE_S)
+            return_freed_memory()
             note = f"reward {metrics['reward']:.2f}, accuracy {metrics['accuracy']:.0%}, ETA {metrics['eta_s']:.0f} s"
             self.listener("train", metrics["step"], self.recipe.max_steps, note)
 

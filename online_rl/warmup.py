@@ -17,7 +17,7 @@ from typing import Any
 
 from online_rl import verifiers
 from online_rl.adapters import fresh_adapter, save_adapter, save_version
-from online_rl.memory import keep_freed_memory
+from online_rl.memory import keep_freed_memory, return_freed_memory
 from online_rl.tasks.base import Task
 from online_rl.tasks.generated import generate
 from serving.agent import Agent, Limits
@@ -129,6 +129,7 @@ def run(
 
     class Report(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            return_freed_memory()
             progress("training", state.global_step, state.max_steps)
 
     trainer = SFTTrainer(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 BASE_ID = "SmolLM2-135M-Instruct"
-_LAYOUT = "2"  # raise it when what is written below changes: an older folder is then made anew
+_LAYOUT = "3"  # raise it when what is written below changes: an older folder is then made anew
 
 
 class ModelMissing(RuntimeError):
@@ -84,13 +84,22 @@ def from_gguf(source: Path, folder: Path, progress: Callable[[str], None] = lamb
     tokenizer = AutoTokenizer.from_pretrained(**where)
     quantization = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=quantization, dtype=torch.float32)
-    return export(model, tokenizer, BASE_ID, folder, progress)
+    fingerprint = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    return export(model, tokenizer, BASE_ID, folder, progress, fingerprint)
 
 
 def export(
-    model: Any, tokenizer: Any, model_id: str, folder: Path, progress: Callable[[str], None] = lambda _: None
+    model: Any,
+    tokenizer: Any,
+    model_id: str,
+    folder: Path,
+    progress: Callable[[str], None] = lambda _: None,
+    fingerprint: str | None = None,
 ) -> BaseModel:
-    """Write a transformers model and its tokenizer as a base model: float16 safetensors and Q8_0 GGUF."""
+    """Write a transformers model and its tokenizer as a base model: float16 safetensors and Q8_0 GGUF.
+
+    `fingerprint` defaults to one of the safetensors files.
+    """
     import torch
 
     from serving.engines.gguf_export import write_base
@@ -101,7 +110,7 @@ def export(
     tokenizer.save_pretrained(str(hf_dir))
     progress("writing GGUF")
     write_base(hf_dir, tokenizer, folder / "base.gguf")
-    return BaseModel(model_id, hf_dir, folder / "base.gguf", _fingerprint(hf_dir))
+    return BaseModel(model_id, hf_dir, folder / "base.gguf", fingerprint or _fingerprint(hf_dir))
 
 
 def _fingerprint(hf_dir: Path) -> str:
