@@ -33,7 +33,12 @@ class _Server(uvicorn.Server):
         yield  # `serve` below stops both servers together
 
 
-async def serve(apps: Mapping[int, ASGIApp], settings: Settings, ready: Callable[[], None] = lambda: None) -> None:
+async def serve(
+    apps: Mapping[int, ASGIApp],
+    settings: Settings,
+    ready: Callable[[], None] = lambda: None,
+    stopping: Callable[[], None] = lambda: None,
+) -> None:
     """Serve each port's application; returns after SIGINT or SIGTERM, when open requests have ended.
 
     A second signal stops waiting for them. Raises PortTaken before anything is served.
@@ -44,6 +49,7 @@ async def serve(apps: Mapping[int, ASGIApp], settings: Settings, ready: Callable
         loop = asyncio.get_running_loop()
 
         def stop() -> None:
+            stopping()
             for server in servers:
                 server.force_exit = server.should_exit
                 server.should_exit = True

@@ -50,9 +50,14 @@ async def _run(settings: Settings) -> None:
                 status.stop()
                 console.out.print(_panel(settings, service.router.current))
 
-            await serve(apps, settings, ready)
-            if service.in_flight:
-                console.out.print(f"Waiting for {service.in_flight} answers to end …", style="dim")
+            def stopping() -> None:
+                left = service.in_flight
+                waiting = (
+                    f" {left} answer{'s' if left > 1 else ''} may end first; Ctrl-C again to cut short." if left else ""
+                )
+                console.out.print(f"Stopping.{waiting}", style="dim")
+
+            await serve(apps, settings, ready, stopping)
 
 
 def _panel(settings: Settings, version: str) -> Panel:

@@ -104,7 +104,7 @@ def build(service: Service, settings: Settings) -> gr.Blocks:
         chat = gr.Chatbot(
             elem_id="chat",
             show_label=False,
-            height="calc(100dvh - 232px)",
+            height="calc(100dvh - 258px)",
             min_height=300,
             layout="bubble",
             sanitize_html=True,
