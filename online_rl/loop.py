@@ -64,7 +64,7 @@ class RunOptions:
     practice: Mapping[Kind, int] = field(default_factory=lambda: {"arithmetic": 96, "lookup": 96})
     heldout: Mapping[Kind, int] = field(default_factory=lambda: {"arithmetic": 60, "lookup": 60, "plain": 20})
     least_tasks: int = 8
-    evaluation: Sampling = field(default_factory=lambda: Sampling(temperature=0.7, max_tokens=256, seed=1))
+    evaluation: Sampling = field(default_factory=lambda: Sampling(0.7, 0.95, 256, seed=1))
     gate: GateConfig = field(default_factory=GateConfig)
 
 
