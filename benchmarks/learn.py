@@ -24,7 +24,8 @@ from online_rl.gate import decide
 from online_rl.loop import RunOptions, run_once
 from online_rl.recipe import load_recipe
 from online_rl.report import markdown
-from online_rl.tasks.generated import generate
+from online_rl.tasks.base import Task
+from online_rl.tasks.generated import Kind, generate
 from serving.agent import Agent, Limits
 from serving.dialects.tapo import TapoDialect
 from serving.engines.base import Sampling
@@ -34,7 +35,7 @@ from serving.versions import install_shipped
 from tools.registry import build_tools
 
 RESULTS = Path(__file__).parent / "results"
-HELDOUT = {"arithmetic": 100, "lookup": 100}
+HELDOUT: dict[Kind, int] = {"arithmetic": 100, "lookup": 100}
 
 
 def main() -> None:
@@ -52,13 +53,12 @@ def main() -> None:
     with Store.open(home / "whetstone.db") as store:
         install_shipped(store, home)
         for kind in HELDOUT:
-            for task in generate(kind, args.tasks, 7, "train"):  # type: ignore[arg-type]
+            for task in generate(kind, args.tasks, 7, "train"):
                 store.add_task(list(task.messages), task.verifier, task.gold, kind, "benchmark")
         options = RunOptions(
             load_recipe("embedded-cpu", max_minutes=args.minutes),
+            heldout(),
             claim=args.tasks * len(HELDOUT),
-            practice={},
-            heldout=HELDOUT,  # type: ignore[arg-type]
         )
         columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                    TextColumn("{task.fields[note]}"))  # fmt: skip
@@ -88,16 +88,19 @@ def main() -> None:
     print(_page(report))
 
 
+def heldout() -> list[Task]:
+    return [task for kind, n in HELDOUT.items() for task in generate(kind, n, 0, "heldout")]
+
+
 async def _greedy(base: BaseModel, tools: dict[str, Any], versions: dict[str, Path]) -> dict[str, Any]:
     """The same held-out tasks at temperature 0, as a second measure."""
     engine = LlamaCppEngine(base, slots=16, context=1536)
     agent = Agent(engine, TapoDialect(base.tokenizer), tools, Limits())
-    tasks = [task for kind, n in HELDOUT.items() for task in generate(kind, n, 0, "heldout")]  # type: ignore[arg-type]
     call = Recorded(agent.run_tool)
     sides = []
     for version, path in versions.items():
         await engine.load(version, path)
-        sides.append((await evaluate(tasks, agent, version, Sampling(0.0, max_tokens=256), call))[0])
+        sides.append((await evaluate(heldout(), agent, version, Sampling(0.0, max_tokens=256), call))[0])
     await engine.close()
     return decide(*sides).report()
 

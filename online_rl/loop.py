@@ -15,10 +15,10 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from langchain_core.tools import BaseTool
 
@@ -33,7 +33,6 @@ from online_rl.rewards import RewardConfig, score_group
 from online_rl.rollouts import GroupReplay, Progress
 from online_rl.tapo import Metrics, train
 from online_rl.tasks.base import Task
-from online_rl.tasks.generated import Kind, generate
 from serving.agent import Agent, Limits
 from serving.dialects.tapo import TapoDialect
 from serving.engines.base import PromptTooLong, Sampling
@@ -55,14 +54,14 @@ class RunRefused(RuntimeError):
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a run works on. `practice`: generated tasks by kind, which make up for a short queue; they are drawn from
-    the split that `heldout`, the evaluation's tasks by kind, never touches."""
+    """What a run works on. `heldout` is the evaluation's frozen set; a queued task that is in it isn't trained on.
+    `practice` makes up for a queue of fewer tasks than it has itself."""
 
     recipe: Recipe
+    heldout: Sequence[Task]
+    practice: Sequence[Task] = ()
     recipe_name: str = "embedded-cpu"
     claim: int = 256
-    practice: Mapping[Kind, int] = field(default_factory=lambda: {"arithmetic": 96, "lookup": 96})
-    heldout: Mapping[Kind, int] = field(default_factory=lambda: {"arithmetic": 60, "lookup": 60, "plain": 20})
     least_tasks: int = 8
     evaluation: Sampling = field(default_factory=lambda: Sampling(0.7, 0.95, 256, seed=1))
     gate: GateConfig = field(default_factory=GateConfig)
@@ -181,7 +180,7 @@ class _Run:
             self.store.renew(self.id, LEASE_S)
             tasks = [Task(**row | {"messages": tuple(row["messages"])}) for row in json.loads(file.read_text())]
         else:
-            frozen = {task.question for task in self._heldout()}
+            frozen = {task.question for task in self.options.heldout}
             tasks, aside = [], Counter[str]()
             self.store.release(self.id)  # what a claim held that was killed before it was written down
             for queued in self.store.claim(self.id, self.options.claim, LEASE_S):
@@ -193,9 +192,7 @@ class _Run:
                 if not reason:
                     tasks.append(task)
             claimed = len(tasks)
-            for kind, count in self.options.practice.items():
-                wanted = max(0, count - claimed)
-                tasks += generate(kind, wanted, self.recipe.seed + len(self.store.runs()), "train") if wanted else []
+            tasks += self.options.practice[claimed:]
             _write(file, [asdict(task) for task in tasks])
             del aside[""]
             self._journal("claim", claimed=claimed, practice=len(tasks) - claimed, set_aside=dict(aside))
@@ -273,14 +270,11 @@ class _Run:
         self.sampled = name
         return name
 
-    def _heldout(self) -> list[Task]:
-        return [t for kind, n in self.options.heldout.items() for t in generate(kind, n, 0, "heldout")]
-
     async def _evaluate(self) -> tuple[list[ItemResult], list[ItemResult], list[dict[str, str]]]:
         """Version in service and candidate on the held-out tasks, same seeds, same tool results."""
         done = self.folder / "evaluated.json"
         if not done.exists():
-            tasks = self._heldout()
+            tasks = self.options.heldout
             self._journal("evaluate", tasks=len(tasks))
             if self.sampled is not None:
                 await self.engine.unload(self.sampled)
@@ -319,13 +313,17 @@ class _Run:
     def _publish(
         self, tasks: list[Task], metrics: list[Metrics], decision: Decision, examples: list[dict[str, str]]
     ) -> RunResult:
-        status = "promoted" if decision.promote else "refused"
+        status: Literal["promoted", "refused"] = "promoted" if decision.promote else "refused"
         queue_ids = [task.meta["queue_id"] for task in tasks if task.source == "queue"]
         target = self.home / "versions" / self.candidate
         if not (target / "manifest.json").exists():
-            trained = self.folder / "candidate"
+
+            def copy(work: Path) -> None:
+                for name in WEIGHTS:
+                    shutil.copyfile(self.folder / "candidate" / name, work / name)
+
             save_version(
-                lambda work: [shutil.copyfile(trained / name, work / name) for name in WEIGHTS] and None,
+                copy,
                 target,
                 self.base,
                 self.parent,
@@ -337,8 +335,14 @@ class _Run:
             )
         manifest = json.loads((target / "manifest.json").read_text())
         if self.candidate not in {version.id for version in self.store.versions()}:
-            known = "published" if decision.promote else "refused"
-            self.store.add_version(self.candidate, self.parent, str(target), manifest, known, run_id=self.id)
+            self.store.add_version(
+                self.candidate,
+                self.parent,
+                str(target),
+                manifest,
+                "published" if decision.promote else "refused",
+                run_id=self.id,
+            )
         self._journal("publish", version=self.candidate, status=status)
         self.store.complete(self.id, queue_ids)
         if decision.promote:
@@ -351,7 +355,7 @@ class _Run:
             "steps": len(metrics), "seconds": {k: round(v, 1) for k, v in self.seconds.items()},
         }  # fmt: skip
         write_report(self.folder, report, metrics)
-        self.store.finish_run(self.id, status, report)  # type: ignore[arg-type]
+        self.store.finish_run(self.id, status, report)
         shutil.rmtree(self.folder / "sampler", ignore_errors=True)
         return RunResult(self.id, status, self.candidate, decision.reasons, self.folder, report)
 

@@ -119,7 +119,8 @@ def run(
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback, set_seed
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     config = config or WarmupConfig()
     set_seed(config.seed)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -43,6 +44,7 @@ def train(
     from feedback_store import StoreError
     from online_rl.loop import RunOptions, RunRefused, run_once
     from online_rl.recipe import RecipeError, load_recipe
+    from online_rl.tasks.generated import generate
     from serving.versions import install_shipped
 
     overrides: dict[str, object] = {}
@@ -51,13 +53,21 @@ def train(
     if minutes is not None:
         overrides["max_minutes"] = minutes
     try:
+        # Practice is new each day, so that a night adds to what the last one taught.
+        day = int(time.time() // 86_400)
         options = RunOptions(
-            load_recipe(recipe, **overrides), recipe, practice={"arithmetic": practice, "lookup": practice}
-        )
+            load_recipe(recipe, **overrides),
+            heldout=[*generate("arithmetic", 60, 0, "heldout"), *generate("lookup", 60, 0, "heldout"),
+                     *generate("plain", 20, 0, "heldout")],
+            practice=_alternate(*(generate(kind, practice, day, "train") for kind in ("arithmetic", "lookup"))),
+            recipe_name=recipe,
+        )  # fmt: skip
         with _bars() as listen, open_store(settings) as store:
             base = _base(settings, listen)
             install_shipped(store, settings.home)
-            result = run_once(settings.home, store, base, _tools(settings), options, listen)
+            # What the bundled corpus knows, it answers: practice is judged by it. The web is asked for the rest.
+            backends = tuple(sorted(settings.search_backends, key=lambda name: name != "local"))
+            result = run_once(settings.home, store, base, _tools(settings, backends), options, listen)
     except KeyboardInterrupt:
         console.err.print("Interrupted. Nothing is lost: the same command goes on where it was.")
         raise typer.Exit(130) from None
@@ -179,6 +189,11 @@ def evaluate(
     )  # fmt: skip
 
 
+def _alternate(*lists: list[Any]) -> list[Any]:
+    """One of each in turn, so that whatever is cut off, the kinds stay balanced."""
+    return [item for together in zip(*lists, strict=True) for item in together]
+
+
 def _gate_table(gate: dict[str, Any]) -> None:
     console.table(
         "Held-out tasks",
@@ -218,7 +233,7 @@ def _base(settings: Settings, listen: Callable[[str, int, int, str], None]) -> B
     return prepare_base(settings.home, lambda stage: listen(stage, 0, 0, ""))
 
 
-def _tools(settings: Settings, backends: tuple[str, ...] | None = None) -> dict[str, Any]:
+def _tools(settings: Settings, backends: Sequence[str] | None = None) -> dict[str, Any]:
     from tools.registry import build_tools
 
     return build_tools(

@@ -121,11 +121,11 @@ def _rope_theta(config: dict[str, Any]) -> float:
 
 def _write_vocabulary(writer: gguf.GGUFWriter, tokenizer: Any, size: int) -> None:
     special = set(tokenizer.all_special_ids)
-    texts, kinds = [], []
+    texts: list[str] = []
+    kinds = []
     for i in range(size):
-        text = tokenizer.convert_ids_to_tokens(i) if i < len(tokenizer) else None
-        whole = text is not None and "\ufffd" not in tokenizer.decode([i], skip_special_tokens=False)
-        texts.append(text if whole else f"[token{i}]")
+        whole = i < len(tokenizer) and "\ufffd" not in tokenizer.decode([i], skip_special_tokens=False)
+        texts.append(tokenizer.convert_ids_to_tokens(i) if whole else f"[token{i}]")
         kinds.append(gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
