@@ -31,7 +31,8 @@ from online_rl.recipe import Recipe
 from online_rl.report import write_report
 from online_rl.rewards import RewardConfig, score_group
 from online_rl.rollouts import GroupReplay, Progress
-from online_rl.tapo import Metrics, train
+from online_rl.step_metrics import Metrics
+from online_rl.tapo import train
 from online_rl.tasks.base import Task
 from serving.agent import Agent, Limits
 from serving.dialects.tapo import TapoDialect

@@ -15,11 +15,9 @@ What it leaves out: several updates for one batch of rollouts, rollouts on more 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import inspect
 import json
 import math
-import os
 import shutil
 import time
 import warnings
@@ -37,6 +35,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from online_rl.checkpoints import POSITION, last_good_checkpoint, read_metrics, seal, starting_point, step_of
+from online_rl.own_logprobs import OwnLogprobs, plain_frozen_head
 from online_rl.recipe import Recipe
 from online_rl.rewards import RewardTerms
 from online_rl.rollouts import (
@@ -48,18 +48,12 @@ from online_rl.rollouts import (
     describe,
     sample_batch,
 )
+from online_rl.step_metrics import Metrics, Tally
 from online_rl.tasks.base import Task
 
 TERMS = ("total", "outcome", "format", "overlong", "efficiency")
-SEAL = "whole.json"
-POSITION = "tapo.json"
-MAY_CHANGE = {"max_steps", "max_minutes", "concurrency", "micro_batch", "save_steps", "keep_checkpoints"}
-"""Recipe keys that a resumed run may change: they don't alter what is learnt."""
-
 Sync = Callable[[PeftModel, int], Awaitable[str | None] | str | None]
 """Make the engine sample from the model's weights as of a step; may return the version's name for the record."""
-
-Metrics = dict[str, Any]
 
 
 class TrainingDiverged(RuntimeError):
@@ -99,7 +93,7 @@ def train(
     run_dir that holds another run.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint = _starting_point(run_dir, recipe, resume)
+    checkpoint = starting_point(run_dir, recipe, resume)
     stream = TaskStream(tasks, recipe.seed)
     with _Caller(loop) as call:
         trainer = TAPOTrainer(
@@ -109,7 +103,7 @@ def train(
             trainer.train()
         else:
             trainer.restore(checkpoint)
-            if _step_of(checkpoint) < recipe.max_steps:
+            if step_of(checkpoint) < recipe.max_steps:
                 trainer.train(resume_from_checkpoint=str(checkpoint))
     return TrainResult(trainer.steps_done, trainer.history, _save_adapter(model, run_dir / "adapter"))
 
@@ -143,7 +137,7 @@ class TAPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self._batch = Batch()
         self._own: Tensor | None = None
         self._seen: tuple[Tensor, Tensor] | None = None
-        self._tally = _Tally()
+        self._tally = Tally()
         self._skipped = 0
         self._elapsed = 0.0
         self._began = time.perf_counter()
@@ -167,7 +161,7 @@ class TAPOTrainer(GRPOTrainer):  # type: ignore[misc]
     def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Sample a batch, then accumulate the gradient of its token mean over the micro-batches."""
         model.train()
-        self._tally = _Tally()
+        self._tally = Tally()
         self._collect()
         began = time.perf_counter()
         loss = torch.zeros((), device=self.args.device)
@@ -255,7 +249,7 @@ class TAPOTrainer(GRPOTrainer):  # type: ignore[misc]
         """Logprobs and entropies (B, C) of the completion; on CPU of own tokens only, the rest being 0."""
         own = self._own
         assert own is not None, "set by _compute_loss"
-        if model is not self.model or not _plain_frozen_head(self._policy):
+        if model is not self.model or not plain_frozen_head(self._policy):
             logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
@@ -268,7 +262,7 @@ class TAPOTrainer(GRPOTrainer):  # type: ignore[misc]
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False
             ).last_hidden_state[:, -logits_to_keep - 1 : -1]  # the position before a token predicts it
             targets = input_ids[:, -logits_to_keep:]
-            flat = _OwnLogprobs.apply(hidden[own], head.weight, targets[own])
+            flat = OwnLogprobs.apply(hidden[own], head.weight, targets[own])
         blank = torch.zeros(own.shape, device=own.device)
         logps, entropies = (blank.masked_scatter(own, values) for values in flat)
         self._seen = logps.detach(), entropies
@@ -348,7 +342,7 @@ class TAPOTrainer(GRPOTrainer):  # type: ignore[misc]
             "recipe": self.recipe.model_dump(),
         }
         (folder / POSITION).write_text(json.dumps(position, indent=1), encoding="utf-8")
-        _seal(folder)
+        seal(folder)
 
     def restore(self, checkpoint: Path) -> None:
         """Take up the weights, the place in the stream and the record; `train` restores the rest of the state."""
@@ -356,81 +350,9 @@ class TAPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self.stream.drawn = position["drawn"]
         self._skipped = position["skipped"]
         self._elapsed = position["elapsed_s"]
-        self.steps_done = _step_of(checkpoint)
-        self.history = _read_metrics(self._run_dir / "metrics.jsonl", up_to=self.steps_done)
+        self.steps_done = step_of(checkpoint)
+        self.history = read_metrics(self._run_dir / "metrics.jsonl", up_to=self.steps_done)
         self._load_from_checkpoint(str(checkpoint))
-
-
-class _OwnLogprobs(torch.autograd.Function):
-    """Logprobs and entropies of `targets` (N) given `hidden` (N, H) through a frozen head `weight` (V, H).
-
-    d log p(t) / d hidden = W[t] - sum_v p(v) W[v] needs nothing from later layers, so it is made in the forward pass,
-    a chunk of tokens at a time: no (N, V) tensor is kept and nothing is computed twice. Entropies carry no gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        if torch.is_autocast_enabled(hidden.device.type):
-            kind = torch.get_autocast_dtype(hidden.device.type)
-            weight = weight.to(kind)
-        logps, entropies, slopes = [], [], []
-        with torch.autocast(hidden.device.type, enabled=False):
-            for part, target in zip(hidden.split(512), targets.split(512), strict=True):
-                logits = (part.to(weight.dtype) @ weight.T).float()  # (512, V)
-                log_z = logits.logsumexp(-1, keepdim=True)
-                p = (logits - log_z).exp()
-                logps.append((logits.gather(-1, target[:, None]) - log_z).squeeze(-1))
-                entropies.append(log_z.squeeze(-1) - (p * logits).sum(-1))
-                slopes.append(weight[target].float() - (p.to(weight.dtype) @ weight).float())
-        ctx.save_for_backward(torch.cat(slopes) if slopes else hidden.float())
-        ctx.dtype = hidden.dtype
-        flat = torch.cat(logps) if logps else hidden.new_zeros(0, dtype=torch.float32)
-        entropy = torch.cat(entropies) if entropies else flat.clone()
-        ctx.mark_non_differentiable(entropy)
-        return flat, entropy
-
-    @staticmethod
-    def backward(ctx: Any, grad_logps: Tensor, grad_entropies: Any) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (slopes,) = ctx.saved_tensors
-        return (slopes * grad_logps[:, None]).to(ctx.dtype), None, None
-
-
-class _Tally:
-    """Sums over one step's own tokens, and its seconds by phase."""
-
-    def __init__(self) -> None:
-        self.tokens = self.low = self.high = 0
-        self.entropy = self.gap = self.gap_max = 0.0
-        self.sync_s = self.update_s = 0.0
-
-    def add(self, logps: Tensor, entropies: Tensor, inputs: dict[str, Any], recipe: Recipe) -> None:
-        own = (inputs["completion_mask"] * inputs["tool_mask"]).bool()
-        if not own.any():
-            return
-        advantage = inputs["advantages"][:, None].expand_as(own)[own]
-        gap = logps[own] - inputs["old_per_token_logps"][own]
-        ratio = gap.exp()
-        self.tokens += int(own.sum())
-        self.low += int(((ratio < 1 - recipe.epsilon_low) & (advantage < 0)).sum())
-        self.high += int(((ratio > 1 + recipe.epsilon_high) & (advantage > 0)).sum())
-        self.entropy += float(entropies[own].sum())
-        self.gap += float(gap.abs().sum())
-        self.gap_max = max(self.gap_max, float(gap.abs().max()))
-
-    def means(self) -> Metrics:
-        """`mismatch`: mean |logprob of the trainer - of the sampler|, before the step's update."""
-        n = max(self.tokens, 1)
-        return {
-            "trained_tokens": self.tokens,
-            "clip_low": self.low / n,
-            "clip_high": self.high / n,
-            "entropy": self.entropy / n,
-            "mismatch": self.gap / n,
-            "mismatch_max": self.gap_max,
-            "sync_s": round(self.sync_s, 2),
-            "update_s": round(self.update_s, 2),
-            "update_tokens_per_s": round(self.tokens / self.update_s, 1) if self.update_s else 0.0,
-        }
 
 
 class _TimeLimit(TrainerCallback):  # type: ignore[misc]
@@ -467,76 +389,6 @@ class _Caller:
             return self._runner.run(coroutine)
         assert self._loop is not None
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
-
-
-def last_good_checkpoint(run_dir: Path) -> Path | None:
-    """The newest checkpoint whose every file is there with the content that it was sealed with; None if there is none.
-
-    A process killed while it saves leaves a folder with no seal, so the one before it counts.
-    """
-    folders = sorted(run_dir.glob("checkpoint-*"), key=_step_of, reverse=True)
-    return next((folder for folder in folders if _is_whole(folder)), None)
-
-
-def _seal(folder: Path) -> None:
-    hashes = {file.name: _sha256(file) for file in sorted(folder.iterdir()) if file.is_file() and file.name != SEAL}
-    draft = folder / f"{SEAL}.part"
-    draft.write_text(json.dumps(hashes, indent=1), encoding="utf-8")
-    os.replace(draft, folder / SEAL)
-
-
-def _is_whole(folder: Path) -> bool:
-    seal = folder / SEAL
-    if not seal.is_file():
-        return False
-    hashes: dict[str, str] = json.loads(seal.read_text(encoding="utf-8"))
-    return all((folder / name).is_file() and _sha256(folder / name) == hash for name, hash in hashes.items())
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _starting_point(run_dir: Path, recipe: Recipe, resume: bool) -> Path | None:
-    """The checkpoint to go on from, with everything newer than it cleared away; None for a fresh start."""
-    metrics = run_dir / "metrics.jsonl"
-    if not resume and (metrics.exists() or last_good_checkpoint(run_dir)):
-        raise ValueError(f"{run_dir} already holds a run: resume it, or give another run_dir")
-    checkpoint = last_good_checkpoint(run_dir)
-    if checkpoint is not None:
-        before = json.loads((checkpoint / POSITION).read_text(encoding="utf-8"))["recipe"]
-        changed = {k: v for k, v in recipe.model_dump().items() if k not in MAY_CHANGE and before.get(k) != v}
-        if changed:
-            was = ", ".join(f"{key} was {before.get(key)!r}, is {value!r}" for key, value in changed.items())
-            raise ValueError(f"{checkpoint} was made by another recipe ({was}): give the same, or another run_dir")
-    step = _step_of(checkpoint) if checkpoint else 0
-    for folder in run_dir.glob("checkpoint-*"):
-        if _step_of(folder) > step:
-            shutil.rmtree(folder)
-    kept = _read_metrics(metrics, up_to=step)
-    if metrics.exists():
-        draft = metrics.with_suffix(".part")
-        draft.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(draft, metrics)
-    return checkpoint
-
-
-def _read_metrics(file: Path, up_to: int) -> list[Metrics]:
-    """The steps on record; a last line that a kill cut short is left out."""
-    found: list[Metrics] = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        try:
-            metrics = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if metrics["step"] <= up_to:
-            found.append(metrics)
-    return found
 
 
 def _save_adapter(model: PeftModel, folder: Path) -> Path:
@@ -598,24 +450,6 @@ def _reward(name: str) -> Callable[..., list[float | None]]:
 
     term.__name__ = name
     return term
-
-
-def _plain_frozen_head(model: PeftModel) -> bool:
-    """On CPU, where TRL projects every position: a head that is one frozen matrix, so _OwnLogprobs fits."""
-    policy: Any = model.get_base_model()
-    head, config = policy.get_output_embeddings(), policy.config
-    scaled = any(
-        getattr(config, name, None) is not None
-        for name in (
-            "final_logit_softcapping",
-            "logit_scale",
-            "logits_scaling",
-            "lm_head_multiplier",
-            "output_multiplier",
-        )
-    )
-    frozen = not head.weight.requires_grad and head.bias is None
-    return frozen and not scaled and head.weight.device.type == "cpu"
 
 
 async def _awaited(value: Any) -> Any:

@@ -133,7 +133,7 @@ def test_trl_head_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     other = copy.deepcopy(policy)
     said = two_groups(policy)
     loss = trainer_of(policy, said, tmp_path / "a").training_step(policy, None)
-    monkeypatch.setattr(online_rl.tapo, "_plain_frozen_head", lambda model: False)
+    monkeypatch.setattr(online_rl.tapo, "plain_frozen_head", lambda model: False)
     trainer = trainer_of(other, said, tmp_path / "b")
     torch.testing.assert_close(trainer.training_step(other, None), loss, rtol=1e-5, atol=1e-6)
     for name, gradient in gradients(other).items():

@@ -19,10 +19,11 @@ import torch
 from peft import PeftModel
 from transformers.utils.logging import set_verbosity_error
 
+from online_rl.checkpoints import last_good_checkpoint
 from online_rl.recipe import Recipe
 from online_rl.rewards import RewardTerms
 from online_rl.rollouts import RolloutsFailed
-from online_rl.tapo import TrainingDiverged, TrainResult, last_good_checkpoint, train
+from online_rl.tapo import TrainingDiverged, TrainResult, train
 from online_rl.tasks.base import Task, ask
 from serving.trajectory import Trajectory
 from tests.tiny_model import sampler, spoken, tiny_policy, tiny_tokenizer
@@ -181,11 +182,11 @@ def test_a_process_killed_outright_while_it_saves_loses_one_checkpoint(tmp_path:
         "from pathlib import Path\n"
         "import online_rl.tapo as tapo\n"
         "from tests.test_tapo_run import run\n"
-        "seal = tapo._seal\n"
+        "seal = tapo.seal\n"
         "def die(folder):\n"
         "    if folder.name == 'checkpoint-4': os.kill(os.getpid(), signal.SIGKILL)\n"
         "    seal(folder)\n"
-        "tapo._seal = die\n"
+        "tapo.seal = die\n"
         f"run(Path({str(tmp_path)!r}))\n"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
