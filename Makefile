@@ -1,5 +1,6 @@
 # make run    set up once, then serve: the chat on port 7860, the endpoint on port 8000
 # make test   the same set-up, then the tests        make lint, make types   the other checks
+# make learn  the proof that it learns, about an hour; results in benchmarks/results
 # make setup  only the set-up                        make clean              forget it
 #
 # Variables
@@ -11,7 +12,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types setup bubblewrap chromium clean
+.PHONY: help run test learn lint types setup bubblewrap chromium clean
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -32,6 +33,9 @@ run: setup
 
 test: setup chromium
 	@$(BIN)/python -m pytest
+
+learn: setup
+	@$(BIN)/python -m benchmarks.learn
 
 lint: setup
 	@$(BIN)/ruff check .
