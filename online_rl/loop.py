@@ -121,7 +121,7 @@ class _Run:
     ) -> None:
         self.home, self.store, self.base, self.options, self.listener = home, store, base, options, listener
         self.recipe = options.recipe
-        self.engine = LlamaCppEngine(base, slots=self.recipe.concurrency, context=CONTEXT)
+        self.engine = LlamaCppEngine(base, slots=self.recipe.concurrency + 8, context=CONTEXT)
         limits = Limits(
             max_turns=self.recipe.max_turns,
             answer_tokens=self.recipe.max_response_tokens,
@@ -235,7 +235,7 @@ class _Run:
             self.listener("train", metrics["step"], self.recipe.max_steps, note)
 
         def on_progress(at: Progress) -> None:
-            self.listener("rollouts", at.rollouts, at.of, f"round {at.round}, {at.mixed} of {at.wanted} groups")
+            self.listener("rollouts", at.rollouts, at.of, f"{at.mixed} of {at.wanted} groups")
 
         result = await asyncio.to_thread(
             train,

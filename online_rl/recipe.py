@@ -28,7 +28,7 @@ class Recipe(BaseModel):
     # -- the batch: groups_per_step x group_size rollouts make one optimizer step
     group_size: int = Field(8, ge=2)
     groups_per_step: int = Field(4, ge=1)
-    max_rounds: int = Field(10, ge=1, description="rounds of sampling a step before it makes do with what it has")
+    max_rounds: int = Field(10, ge=1, description="a step draws at most so many times groups_per_step")
     max_steps: int = Field(100, ge=1)
     max_minutes: float | None = Field(None, gt=0, description="stop after the step that passes this; None: never")
     seed: int = Field(0, ge=0)

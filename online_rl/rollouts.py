@@ -111,9 +111,8 @@ class TaskStream:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where sampling stands: rollouts of this round that are back, and groups that can be trained on."""
+    """Where a step's sampling stands: rollouts that are back of those begun, and groups that can be trained on."""
 
-    round: int
     rollouts: int
     of: int
     mixed: int
@@ -127,7 +126,7 @@ class Batch:
     groups: list[Group] = field(default_factory=list)
     uniform: list[Group] = field(default_factory=list)
     failed: int = 0
-    rounds: int = 0
+    drawn: int = 0
     seconds: float = 0.0
 
     @property
@@ -186,32 +185,59 @@ async def sample_batch(
     score: Score,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Batch:
-    """Rounds of groups until `groups_per_step` are mixed or `max_rounds` are spent: then what there is, maybe nothing.
+    """Groups until `groups_per_step` are mixed or `max_rounds` times as many are drawn: then what there is.
 
-    A group that fails is dropped and counted. Raises RolloutsFailed when every group of a round fails.
+    A group that isn't mixed is replaced as soon as it is known, so the engine's slots stay full; which tasks are drawn
+    doesn't depend on the order in which groups come back. A group that fails is dropped, counted and replaced. Raises
+    RolloutsFailed when as many in a row fail as a step wants.
     """
     began = time.perf_counter()
-    batch = Batch()
+    wanted = recipe.groups_per_step
     slots = asyncio.Semaphore(recipe.concurrency)
-    while len(batch.groups) < recipe.groups_per_step and batch.rounds < recipe.max_rounds:
-        batch.rounds += 1
-        drawn = [tasks.draw() for _ in range(recipe.groups_per_step - len(batch.groups))]
-        count = _Counter(batch, recipe, of=len(drawn) * recipe.group_size, report=on_progress)
-        outcomes = await asyncio.gather(
-            *(_sample_group(task, number, recipe, rollout, score, slots, count) for number, task in drawn)
-        )
-        errors = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
-        groups = [outcome for outcome in outcomes if isinstance(outcome, Group)]
-        if not groups:
-            raise RolloutsFailed(
-                f"all {len(errors)} groups of a round failed, the last with {type(errors[-1]).__name__}: {errors[-1]}; "
-                "see that the engine and the tools answer, then resume the run"
-            ) from errors[-1]
-        batch.failed += len(errors)
-        batch.groups += [group for group in groups if group.is_mixed]
-        batch.uniform += [group for group in groups if not group.is_mixed]
-    batch.seconds = time.perf_counter() - began
-    return batch
+    count = _Counter(recipe, on_progress)
+    found: dict[int, Group] = {}
+    running: dict[asyncio.Task[Group | Exception], int] = {}
+    failed = failed_in_a_row = drawn = 0
+
+    def draw() -> None:
+        number, task = tasks.draw()
+        count.of += recipe.group_size
+        running[asyncio.create_task(_sample_group(task, number, recipe, rollout, score, slots, count))] = number
+
+    try:
+        while True:
+            while drawn < recipe.max_rounds * wanted and len(running) + count.mixed < wanted:
+                draw()
+                drawn += 1
+            if not running:
+                break
+            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                number, group = running.pop(task), task.result()
+                if isinstance(group, Group):
+                    found[number] = group
+                    count.mixed += group.is_mixed
+                    failed_in_a_row = 0
+                    continue
+                failed += 1
+                failed_in_a_row += 1
+                if failed_in_a_row >= wanted:
+                    raise RolloutsFailed(
+                        f"all {failed_in_a_row} groups in a row failed, the last with {type(group).__name__}: {group}; "
+                        "see that the engine and the tools answer, then resume the run"
+                    ) from group
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+    in_order = [found[number] for number in sorted(found)]
+    return Batch(
+        groups=[group for group in in_order if group.is_mixed],
+        uniform=[group for group in in_order if not group.is_mixed],
+        failed=failed,
+        drawn=drawn,
+        seconds=time.perf_counter() - began,
+    )
 
 
 def describe(batch: Batch) -> dict[str, float]:
@@ -232,7 +258,7 @@ def describe(batch: Batch) -> dict[str, float]:
         "calls_per_rollout": _mean(rollout.tool_calls for rollout in rollouts),
         "tool_errors_per_rollout": _mean(rollout.tool_errors for rollout in rollouts),
         "rollouts": len(rollouts),
-        "rounds": batch.rounds,
+        "groups_drawn": batch.drawn,
         "groups_mixed": len(batch.groups),
         "groups_all_right": sum(all(group.accuracies) for group in batch.uniform),
         "groups_all_wrong": sum(not any(group.accuracies) for group in batch.uniform),
@@ -277,17 +303,16 @@ async def _sample_group(
 
 
 class _Counter:
-    """Counts a round's rollouts as they come back."""
+    """Counts a step's rollouts as they come back."""
 
-    def __init__(self, batch: Batch, recipe: Recipe, of: int, report: Callable[[Progress], None] | None) -> None:
-        self._batch, self._wanted, self._of, self._report = batch, recipe.groups_per_step, of, report
-        self._done = 0
+    def __init__(self, recipe: Recipe, report: Callable[[Progress], None] | None) -> None:
+        self._wanted, self._report = recipe.groups_per_step, report
+        self.done = self.of = self.mixed = 0
 
     def __call__(self) -> None:
-        self._done += 1
+        self.done += 1
         if self._report is not None:
-            mixed = len(self._batch.groups)
-            self._report(Progress(self._batch.rounds, self._done, self._of, mixed, self._wanted))
+            self._report(Progress(self.done, self.of, self.mixed, self._wanted))
 
 
 def _seed(*parts: int) -> int:

@@ -61,16 +61,16 @@ async def test_a_batch_has_only_groups_with_both_right_and_wrong_answers():
 async def test_sampling_stops_after_max_rounds_with_what_there_is():
     rollout, calls = answers(right={task.question: 0 for task in TASKS})
     batch = await sample_batch(TaskStream(TASKS, 0), RECIPE, rollout, score)
-    assert (batch.groups, batch.rounds, len(batch.uniform)) == ([], 3, 6)
+    assert (batch.groups, batch.drawn, len(batch.uniform)) == ([], 6, 6)
     assert len(calls) == 3 * 2 * 4
 
 
-async def test_later_rounds_draw_only_what_is_missing():
+async def test_only_what_is_missing_is_drawn():
     stream = TaskStream(TASKS, 0)
     first = stream.draw()[1].question
     rollout, calls = answers(right={first: 0})
     batch = await sample_batch(TaskStream(TASKS, 0), RECIPE, rollout, score)
-    assert (len(batch.groups), batch.rounds, len(calls)) == (2, 2, 12)
+    assert (len(batch.groups), batch.drawn, len(calls)) == (2, 3, 12)
 
 
 async def test_accuracy_is_an_outcome_above_nine_tenths():
@@ -236,7 +236,7 @@ async def test_progress_is_told_rollout_by_rollout():
     told: list[Progress] = []
     await sample_batch(TaskStream(TASKS, 0), RECIPE, rollout, score, told.append)
     assert [progress.rollouts for progress in told] == list(range(1, 9))
-    assert told[-1] == Progress(round=1, rollouts=8, of=8, mixed=0, wanted=2)
+    assert told[-1] == Progress(rollouts=8, of=8, mixed=0, wanted=2)
 
 
 async def test_rollouts_are_the_same_in_every_process_and_differ_within_a_group():

@@ -101,8 +101,22 @@ def test_every_step_is_told_and_written_down(tmp_path: Path):
     assert lines == told == result.metrics
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[-1]["eta_s"] == 0
-    for key in ("reward", "accuracy", "calls_per_rollout", "rounds", "clip_low", "clip_high", "entropy", "mismatch",
-                "rollout_s", "update_s", "loss", "grad_norm", "reward_outcome", "trained_tokens"):  # fmt: skip
+    for key in (
+        "reward",
+        "accuracy",
+        "calls_per_rollout",
+        "groups_drawn",
+        "clip_low",
+        "clip_high",
+        "entropy",
+        "mismatch",
+        "rollout_s",
+        "update_s",
+        "loss",
+        "grad_norm",
+        "reward_outcome",
+        "trained_tokens",
+    ):
         assert math.isfinite(lines[0][key])
     assert PeftModel.from_pretrained(tiny_policy().unload(), str(result.final_adapter_dir))
 
@@ -119,7 +133,7 @@ def test_a_step_with_nothing_to_learn_from_changes_nothing(tmp_path: Path):
     before = weights(policy)
     result = run(tmp_path, policy, score=lambda trajectories, task: [RewardTerms(1.0)] * len(trajectories))
     assert result.metrics[-1]["steps_skipped"] == 4
-    assert result.metrics[0]["rounds"] == RECIPE.max_rounds
+    assert result.metrics[0]["groups_drawn"] == RECIPE.max_rounds * RECIPE.groups_per_step
     assert result.metrics[0]["groups_all_right"] == 4
     assert all(torch.equal(before[name], now) for name, now in weights(policy).items())
 
@@ -137,7 +151,7 @@ def die_at(step: int) -> Any:
 
 
 def same(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> bool:
-    keys = ("step", "loss", "grad_norm", "reward", "learning_rate", "mismatch", "trained_tokens", "rounds")
+    keys = ("step", "loss", "grad_norm", "reward", "learning_rate", "mismatch", "trained_tokens", "groups_drawn")
     return [[m[k] for k in keys] for m in one] == [[m[k] for k in keys] for m in other]
 
 

@@ -21,22 +21,38 @@ from serving.engines.base import EngineError, FinishReason, GenerateRequest, Pro
 from serving.engines.gguf_export import UnsupportedModel, write_adapter
 from serving.model import BaseModel
 
+_TOP_P_AMONG = 1024  # top_p sorts its candidates: the whole vocabulary takes longer than the model itself
 _FINISH: dict[str, FinishReason] = {"eos": "eos", "word": "stop", "limit": "length", "none": "abort"}
 
 
 @dataclass
 class _Served:
-    """One version's server. `slots` bounds what is sent to it at once; `busy` counts what is in flight."""
+    """One version's server. `free` has the slots that no request uses and the tokens in each one's KV cache, the one
+    that has waited longest first; `room` counts them; `busy` counts what is in flight."""
 
     server: Any
-    url: str
     client: httpx.AsyncClient
-    slots: asyncio.Semaphore
+    free: dict[int, list[int]]
+    room: asyncio.Semaphore
     busy: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self.idle.set()
+
+    def take_slot(self, token_ids: list[int]) -> int:
+        """The slot that this request continues, else the one idle for longest.
+
+        llama.cpp's own choice, the most similar prompt, often takes the slot of an answer whose tool is running, which
+        must then be read again from its start.
+        """
+        for slot, cached in self.free.items():
+            if cached and token_ids[: len(cached)] == cached:
+                break
+        else:
+            slot = next(iter(self.free))
+        del self.free[slot]
+        return slot
 
 
 class LlamaCppEngine:
@@ -101,21 +117,29 @@ class LlamaCppEngine:
         served.busy += 1
         served.idle.clear()
         try:
-            async with served.slots:
-                async for chunk in self._stream(served, request, min(request.sampling.max_tokens, room)):
-                    yield chunk
+            async with served.room:
+                slot, context = served.take_slot(request.token_ids), list(request.token_ids)
+                try:
+                    async for chunk in self._stream(served, request, slot, min(request.sampling.max_tokens, room)):
+                        context += chunk.token_ids
+                        yield chunk
+                finally:
+                    served.free[slot] = context
         finally:
             served.busy -= 1
             if not served.busy:
                 served.idle.set()
 
-    async def _stream(self, served: _Served, request: GenerateRequest, limit: int) -> AsyncIterator[TokenChunk]:
+    async def _stream(
+        self, served: _Served, request: GenerateRequest, slot: int, limit: int
+    ) -> AsyncIterator[TokenChunk]:
         sampling = request.sampling
         body = {
             "prompt": request.token_ids, "n_predict": limit, "stop": list(request.stop), "stream": True,
-            "samplers": ["top_p", "temperature"], "temperature": sampling.temperature, "top_p": sampling.top_p,
+            "samplers": ["top_k", "top_p", "temperature"] if sampling.top_p < 1 else ["temperature"],
+            "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": _TOP_P_AMONG,
             "seed": sampling.seed if sampling.seed is not None else secrets.randbits(31),
-            "return_tokens": True, "n_probs": 1, "cache_prompt": True,
+            "return_tokens": True, "n_probs": 1, "cache_prompt": True, "id_slot": slot,
         }  # fmt: skip
         try:
             async with served.client.stream("POST", "/completion", json=body) as response:
@@ -165,7 +189,7 @@ class LlamaCppEngine:
             # The server closes idle connections without a word; a fresh one a request costs well under a millisecond.
             limits=httpx.Limits(max_keepalive_connections=0),
         )
-        return _Served(server, server.listening_address, client, asyncio.Semaphore(self.slots))
+        return _Served(server, client, {slot: [] for slot in range(self.slots)}, asyncio.Semaphore(self.slots))
 
 
 def adapter_gguf(path: Path, base: BaseModel) -> Path:
