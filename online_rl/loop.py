@@ -144,6 +144,7 @@ class _Run:
                 return self._end(f"{len(tasks)} tasks are too few to learn from; at least {self.options.least_tasks}.")
             with self._timed("train"):
                 metrics = await self._train(tasks)
+            self.seconds["train"] = metrics[-1]["elapsed_s"]  # over all the attempts that it took
             if not any(step["groups_mixed"] for step in metrics):
                 return self._end("Every group was all right or all wrong: these tasks have nothing to teach now.")
             with self._timed("evaluate"):
