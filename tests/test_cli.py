@@ -71,9 +71,10 @@ def test_doctor_names_every_part_and_the_way_out() -> None:
 
 
 def test_up_says_which_port_is_taken() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        result = run.invoke(app, ["up"], env={"WHETSTONE_WEB_PORT": str(port)})
+    with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as other:
+        port, free = taken.getsockname()[1], other.getsockname()[1]
+        other.close()
+        result = run.invoke(app, ["up"], env={"WHETSTONE_WEB_PORT": str(port), "WHETSTONE_API_PORT": str(free)})
     assert result.exit_code == 1
     assert f"127.0.0.1:{port} can't be used" in " ".join(result.output.split())
 

@@ -111,7 +111,9 @@ async def test_a_run_learns_and_the_running_server_serves_what_it_learnt(home, t
 
 def test_a_run_without_enough_tasks_ends_politely_and_gives_them_back(home, tiny, tools):
     path, store = home
-    store.claim(store.start_run("other", {}), len(TRAIN) - 2)
+    earlier = store.start_run("earlier", {})
+    store.complete(earlier, [task.id for task in store.claim(earlier, len(TRAIN) - 2)])
+    store.finish_run(earlier, "ended", {})
     few = RunOptions(make_recipe(RECIPE), HELDOUT)
     result = run_once(path, store, tiny, tools, few)
     assert result.status == "ended"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from safetensors import SafetensorError
 
 from serving.engines.base import EngineError, FinishReason, GenerateRequest, PromptTooLong, TokenChunk, UnknownVersion
 from serving.engines.gguf_export import UnsupportedModel, write_adapter
@@ -46,11 +47,8 @@ class _Served:
         llama.cpp's own choice, the most similar prompt, often takes the slot of an answer whose tool is running, which
         must then be read again from its start.
         """
-        for slot, cached in self.free.items():
-            if cached and token_ids[: len(cached)] == cached:
-                break
-        else:
-            slot = next(iter(self.free))
+        continued = (s for s, cached in self.free.items() if cached and token_ids[: len(cached)] == cached)
+        slot = next(continued, next(iter(self.free)))
         del self.free[slot]
         return slot
 
@@ -180,7 +178,7 @@ class LlamaCppEngine:
                 adapter = xllamacpp.CommonAdapterLoraInfo(str(adapter_gguf(path, self.base)), 1.0)
                 params.lora_adapters = [adapter]
             server = xllamacpp.Server(params)
-        except (RuntimeError, ValueError, OSError, KeyError) as error:
+        except (RuntimeError, ValueError, OSError, KeyError, SafetensorError) as error:
             raise EngineError(f"Version {version!r} can't be loaded from {path or self.base.gguf}: {error}") from error
         client = httpx.AsyncClient(
             base_url=server.listening_address,
