@@ -50,7 +50,7 @@ $(STAMPS)/venv:
 	@command -v $(PYTHON) >/dev/null || { echo "Error: $(PYTHON) isn't there. Install Python 3.11 or later, or: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Error: $(PYTHON) is $$($(PYTHON) --version 2>&1); Whetstone needs 3.11 or later: make PYTHON=python3.11" >&2; exit 1; }
 	@echo "==> Making .venv with $$($(PYTHON) --version)"
-	@[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv || { echo "Error: the venv module failed (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv --clear .venv || { echo "Error: the venv module failed (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/torch: $(STAMPS)/venv

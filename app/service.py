@@ -242,7 +242,8 @@ class Service:
         name, gold = question.verifier, question.gold
 
         def verify() -> Outcome:
-            judged = verifiers.get(name).score(gold, trajectory.answer, tool_calls=trajectory.tool_calls)
+            answer = trajectory.answer if trajectory.stop_reason == "answer" else ""  # what was cut off is no answer
+            judged = verifiers.get(name).score(gold, answer, tool_calls=trajectory.tool_calls)
             return self.store.add_outcome(
                 started.turn_id, "verifier", judged.value, name, gold, judged.reason, question.owner
             )

@@ -46,7 +46,7 @@ class Settings(BaseSettings):
 
     slots: int = Field(4, ge=1, description="sequences that the engine works on at once")
     context: int = Field(4096, ge=512, le=8192, description="tokens of prompt and answer together; the model has 8192")
-    threads: int | None = Field(None, ge=1, description="threads of the engine; None: one a physical core")
+    threads: int | None = Field(None, ge=1, description="threads of the engine; None: all that the process may use")
 
     max_turns: int = Field(4, ge=0, description="tool calls in one answer")
     observation_tokens: int = Field(256, ge=16, description="of one tool result, read by the policy")

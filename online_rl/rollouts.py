@@ -35,7 +35,7 @@ ToolCall = Callable[[str, str], Awaitable[Any]]
 
 
 class RolloutsFailed(RuntimeError):
-    """Not one rollout of a whole round came back: the engine or the tools are down."""
+    """As many groups in a row failed as a step wants: the engine or the tools are down."""
 
 
 class GroupReplay:

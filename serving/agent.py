@@ -103,11 +103,14 @@ class Agent:
                     for event in parser.feed(chunk.token_ids):
                         yield event
             parsed = parser.finish(stopped=reason == "stop")
-            if parsed.action == "answer" or last:
+            if last and parsed.action != "answer":
+                parsed = replace(parsed, action="invalid", input="", well_formed=False)  # tools are off: nothing ran
+            cut = reason == "length" and parser.answering
+            if parsed.action == "answer" or last or cut:
                 steps.append(_step(index, parsed, ids, logprobs, version, began))
                 yield StepDone(steps[-1])
                 answer = parsed.input.strip() if parsed.action == "answer" else _bare(parsed.text)
-                stop_reason = "answer" if parsed.action == "answer" else "no_answer"
+                stop_reason = "answer" if parsed.action == "answer" else "length" if cut else "no_answer"
                 break
             if parsed.action == "invalid":
                 observation = Observation("invalid", INVALID, error=True)

@@ -68,9 +68,13 @@ def read_version(folder: Path, base: str | None = None) -> Manifest:
         raise CorruptVersion(f"{folder} has no readable manifest.json: {error}") from error
     for name, expected in manifest.files.items():
         file = folder / name
-        if not file.exists() or _sha256(file) != expected:
+        try:
+            found = _sha256(file)
+        except OSError as error:
+            raise CorruptVersion(f"{file} can't be read: {error}") from error
+        if found != expected:
             raise CorruptVersion(
-                f"{file} is missing or altered: its sha256 isn't the manifest's. Restore it or retrain."
+                f"{file} was altered: its sha256 isn't the manifest's. Restore it or retrain."
             )
     if base is not None and manifest.base != base:
         raise CorruptVersion(

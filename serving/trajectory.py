@@ -74,7 +74,8 @@ class Trajectory:
 
     @property
     def tool_errors(self) -> int:
-        return sum(bool(step.observation and step.observation.error) for step in self.steps)
+        """Tool calls that failed; a generation without an action is no call."""
+        return sum(bool(step.observation and step.observation.error) for step in self.steps if step.action != "invalid")
 
     @property
     def well_formed(self) -> bool:

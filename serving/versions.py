@@ -29,7 +29,7 @@ class NoVersion(EngineError):
 
 
 def install_shipped(store: Store, home: Path) -> None:
-    """Put the versions that come with Whetstone in the registry, and the last of them in service if none is."""
+    """Put the versions that come with Whetstone in the registry, and the first of them in service if none is."""
     known = {version.id for version in store.versions()}
     for source in sorted(path for path in SHIPPED.iterdir() if (path / "manifest.json").exists()):
         target = home / "versions" / source.name
@@ -45,7 +45,8 @@ def install_shipped(store: Store, home: Path) -> None:
 class VersionRouter:
     """Follows the store's current version. `start` it before the first `lease`, `close` it at the end.
 
-    A version that can't be loaded is refused: the one in service stays, and `refused` says why.
+    A version that can't be loaded leaves the one in service where it is; `refused` says why. What may pass (a locked
+    store, a full machine) is tried again at the next poll; an altered or foreign version isn't, until it is repaired.
     """
 
     def __init__(self, store: Store, engine: Engine, base_fingerprint: str | None = None, poll_s: float = 1.0) -> None:
@@ -58,6 +59,7 @@ class VersionRouter:
         self._loads: dict[str, asyncio.Lock] = {}
         self._follower: asyncio.Task[None] | None = None
         self.refused: dict[str, str] = {}
+        self._altered: set[str] = set()
 
     @property
     def current(self) -> str:
@@ -106,7 +108,7 @@ class VersionRouter:
     async def refresh(self) -> None:
         """Swap to the store's current version if it is another one, and unload what no answer needs any more."""
         wanted = await asyncio.to_thread(self._store.current_version)
-        if wanted is not None and wanted != self._current and wanted not in self.refused and await self._try(wanted):
+        if wanted is not None and wanted != self._current and wanted not in self._altered and await self._try(wanted):
             log.info("swapped from %s to %s", self._current, wanted)
             self._current = wanted
         for version in self._engine.loaded():
@@ -120,14 +122,21 @@ class VersionRouter:
                 await self.refresh()
             except (StoreError, EngineError) as error:
                 log.warning("can't follow the registry, %s stays in service: %s", self._current, error)
+            except Exception:  # without its follower a server would never swap again, and nobody would know
+                log.exception("can't follow the registry, %s stays in service", self._current)
 
     async def _try(self, version: str) -> bool:
         try:
             await self._load(version)
         except (EngineError, StoreError) as error:
-            self.refused[version] = f"version {version} was refused: {error}"
-            log.error("%s; %s stays in service", self.refused[version], self._current)
+            said = f"version {version} was refused: {error}"
+            if self.refused.get(version) != said:
+                log.error("%s; %s stays in service", said, self._current)
+            self.refused[version] = said
+            if isinstance(error.__cause__, CorruptVersion):
+                self._altered.add(version)
             return False
+        self.refused.pop(version, None)
         return True
 
     async def _load(self, version: str) -> None:

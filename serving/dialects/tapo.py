@@ -132,6 +132,11 @@ class Parser:
         decoded: str = self._tokenizer.decode(self._ids, skip_special_tokens=False)
         return decoded
 
+    @property
+    def answering(self) -> bool:
+        """Whether part of an answer has been shown."""
+        return self._shown["answer"] > 0
+
     def feed(self, token_ids: Sequence[int]) -> list[Thinking | AnswerText]:
         self._ids += token_ids
         text = self.text.rstrip("\ufffd")  # the rest of a character is still to come

@@ -43,6 +43,8 @@ _WAY_OUT = (
     "or accept the risk with the option unsafe_without_sandbox."
 )
 
+_REAP_S = 5.0
+
 
 class SandboxUnavailable(RuntimeError):
     """There is no working bubblewrap here. The message says why and the way out."""
@@ -209,7 +211,7 @@ async def _run(
         timed_out = True
     finally:
         _kill(process)
-        await asyncio.shield(process.wait())
+        await asyncio.shield(_reap(process))
     status = process.returncode or 0
     exit_code = 128 - status if status < 0 else status
     timed_out = timed_out or (exit_code == 128 + signal.SIGXCPU and not truncated)
@@ -231,6 +233,20 @@ async def _converse(process: asyncio.subprocess.Process, source: bytes, output: 
             del output[cap:]
             return True
     return False
+
+
+async def _reap(process: asyncio.subprocess.Process) -> None:
+    """Wait for the end of a process that has ended or been killed.
+
+    asyncio tells of it only once the output is read to its end, and it stops reading while much is unread. Without a
+    sandbox a program's child may hold the output open: it isn't waited for.
+    """
+    assert process.stdout is not None
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_REAP_S):
+            while await process.stdout.read(1 << 16):
+                pass
+            await process.wait()
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:
