@@ -23,10 +23,9 @@ from serving.engines.base import EngineError, PromptTooLong, Sampling
 from serving.trajectory import AnswerText, Done, Event, StepDone, StopReason, Trajectory
 
 if TYPE_CHECKING:
-    from serving.versions import VersionRouter
-
     from serving.agent import Agent
     from serving.engines.base import Engine
+    from serving.versions import VersionRouter
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import platform
 import shutil
 import time
@@ -70,22 +71,24 @@ def main() -> None:
                 if stage == "train":
                     bars.console.print(f"step {done}: {note}")
 
-            result = run_once(home, store, base, tools, options, listen)
-        report = result.report
-        if result.version is None:
-            raise SystemExit(f"The run ended without a version: {result.reasons}")
+            ended = next((run for run in store.runs() if run.report), None)  # an earlier call got that far
+            report = ended.report if ended else run_once(home, store, base, tools, options, listen).report
+        if report["status"] == "ended":
+            raise SystemExit(f"The run ended without a version: {report['reasons']}")
+        folder = home / "runs" / report["run"]
         folders = {v.id: Path(v.path) for v in store.versions()}
     pair = {name: folders[name] for name in (report["parent"], report["version"])}
     began = time.monotonic()
     report["greedy"] = asyncio.run(_greedy(base, tools, pair))
     report["seconds"]["greedy evaluation"] = time.monotonic() - began
     report["minutes"] = round(sum(report["seconds"].values()) / 60, 1)
-    report["machine"] = {"processor": platform.processor() or platform.machine(), "cores": 2}
+    report["machine"] = {"processor": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0))}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "learn.json").write_text(json.dumps(report, indent=2) + "\n")
-    shutil.copyfile(result.folder / "curve.png", args.out / "learn.png")
-    shutil.copyfile(result.folder / "metrics.jsonl", args.out / "learn.metrics.jsonl")
+    shutil.copyfile(folder / "curve.png", args.out / "learn.png")
+    shutil.copyfile(folder / "metrics.jsonl", args.out / "learn.metrics.jsonl")
     (args.out / "learn.md").write_text(_page(report))
+    shutil.rmtree(home)  # the next call starts from v0 again
     print(_page(report))
 
 

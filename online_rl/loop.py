@@ -24,6 +24,7 @@ from langchain_core.tools import BaseTool
 
 from feedback_store import Run, Store
 from online_rl.adapters import load_adapter, save_adapter, save_version
+from online_rl.checkpoints import MAY_CHANGE
 from online_rl.evaluation import Recorded, evaluate
 from online_rl.gate import Decision, GateConfig, ItemResult, decide
 from online_rl.memory import keep_freed_memory, return_freed_memory
@@ -32,7 +33,7 @@ from online_rl.report import write_report
 from online_rl.rewards import RewardConfig, score_group
 from online_rl.rollouts import GroupReplay, Progress
 from online_rl.step_metrics import Metrics
-from online_rl.tapo import train
+from online_rl.tapo import TrainingDiverged, train
 from online_rl.tasks.base import Task
 from serving.agent import Agent, Limits
 from serving.dialects.tapo import TapoDialect
@@ -142,8 +143,11 @@ class _Run:
                 tasks = self._claim()
             if len(tasks) < self.options.least_tasks:
                 return self._end(f"{len(tasks)} tasks are too few to learn from; at least {self.options.least_tasks}.")
-            with self._timed("train"):
+            try:
                 metrics = await self._train(tasks)
+            except TrainingDiverged as error:  # it would diverge again: nothing to resume
+                self.store.finish_run(self.id, "failed", {"reasons": [str(error)]})
+                raise
             self.seconds["train"] = metrics[-1]["elapsed_s"]  # over all the attempts that it took
             if not any(step["groups_mixed"] for step in metrics):
                 return self._end("Every group was all right or all wrong: these tasks have nothing to teach now.")
@@ -159,12 +163,18 @@ class _Run:
 
     def _unfinished(self) -> Run | None:
         """The newest run that a kill left open. Its process is gone, since this one holds the lock."""
+        current = self.store.current_version()
         for run in self.store.runs():
-            if run.status == "running" and run.detail.get("recipe") == self.recipe.model_dump():
+            if run.status != "running":
+                continue
+            if current in (run.detail.get("parent"), run.detail.get("candidate")) and _learns_alike(
+                run.detail.get("recipe", {}), self.recipe
+            ):
                 self.listener("resume", 0, 0, f"{run.id}, interrupted in stage {run.stage or 'claim'}")
                 return run
-            if run.status == "running":
-                self.store.finish_run(run.id, "failed", {"reasons": ["interrupted, then replaced by another recipe"]})
+            self.store.finish_run(
+                run.id, "ended", {"reasons": ["interrupted; then recipe or version in service changed"]}
+            )
         return None
 
     def _start(self) -> Run:
@@ -183,21 +193,25 @@ class _Run:
             tasks = [Task(**row | {"messages": tuple(row["messages"])}) for row in json.loads(file.read_text())]
         else:
             frozen = {task.question for task in self.options.heldout}
-            tasks, aside = [], Counter[str]()
+            tasks = []
+            aside: dict[str, list[str]] = {}
             self.store.release(self.id)  # what a claim held that was killed before it was written down
-            for queued in self.store.claim(self.id, self.options.claim, LEASE_S):
-                task = Task(
-                    tuple(queued.messages), queued.verifier, queued.gold, queued.kind, "queue", {"queue_id": queued.id}
-                )
-                reason = "held out for evaluation" if task.question in frozen else self._unfit(task)
-                aside[reason] += 1
-                if not reason:
-                    tasks.append(task)
+            # What is set aside stays claimed until the run ends, so it can't keep later tasks from being reached.
+            while len(tasks) < self.options.claim and (
+                batch := self.store.claim(self.id, self.options.claim - len(tasks), LEASE_S)
+            ):
+                for queued in batch:
+                    messages, meta = tuple(queued.messages), {"queue_id": queued.id}
+                    task = Task(messages, queued.verifier, queued.gold, queued.kind, "queue", meta)
+                    reason = "held out for evaluation" if task.question in frozen else self._unfit(task)
+                    if reason:
+                        aside.setdefault(reason, []).append(queued.id)
+                    else:
+                        tasks.append(task)
             claimed = len(tasks)
             tasks += self.options.practice[claimed:]
             _write(file, [asdict(task) for task in tasks])
-            del aside[""]
-            self._journal("claim", claimed=claimed, practice=len(tasks) - claimed, set_aside=dict(aside))
+            self._journal("claim", claimed=claimed, practice=len(tasks) - claimed, set_aside=aside)
         from_queue = sum(task.source == "queue" for task in tasks)
         self.listener(
             "claim", len(tasks), len(tasks), f"{from_queue} from the queue, {len(tasks) - from_queue} practice"
@@ -317,37 +331,16 @@ class _Run:
     ) -> RunResult:
         status: Literal["promoted", "refused"] = "promoted" if decision.promote else "refused"
         queue_ids = [task.meta["queue_id"] for task in tasks if task.source == "queue"]
-        target = self.home / "versions" / self.candidate
-        if not (target / "manifest.json").exists():
-
-            def copy(work: Path) -> None:
-                for name in WEIGHTS:
-                    shutil.copyfile(self.folder / "candidate" / name, work / name)
-
-            save_version(
-                copy,
-                target,
-                self.base,
-                self.parent,
-                recipe=self.recipe.model_dump(),
-                seed=self.recipe.seed,
-                command=f"whetstone train --once --recipe {self.options.recipe_name}",
-                task_ids=[task.id for task in tasks],
-                gate=decision.report(),
-            )
-        manifest = json.loads((target / "manifest.json").read_text())
         if self.candidate not in {version.id for version in self.store.versions()}:
-            self.store.add_version(
-                self.candidate,
-                self.parent,
-                str(target),
-                manifest,
-                "published" if decision.promote else "refused",
-                run_id=self.id,
-            )
+            self._register(tasks, decision)
         self._journal("publish", version=self.candidate, status=status)
-        self.store.complete(self.id, queue_ids)
-        if decision.promote:
+        if decision.promote:  # else finish_run gives the tasks back: nothing was learnt from them
+            if self.store.current_version() not in (self.parent, self.candidate):
+                raise RunRefused(
+                    f"{self.candidate} was compared with {self.parent}, which serves no more. It is published: "
+                    f"`whetstone versions use {self.candidate}` puts it in service."
+                )
+            self.store.complete(self.id, queue_ids)
             self.store.set_current(self.candidate, f"{self.id}: {decision.reasons[0]}")
             self._journal("swap", version=self.candidate)
         report = {
@@ -360,6 +353,28 @@ class _Run:
         self.store.finish_run(self.id, status, report)
         shutil.rmtree(self.folder / "sampler", ignore_errors=True)
         return RunResult(self.id, status, self.candidate, decision.reasons, self.folder, report)
+
+    def _register(self, tasks: list[Task], decision: Decision) -> None:
+        """Write the version's folder, whatever lies there, and name it in the registry."""
+
+        def copy(work: Path) -> None:
+            for name in WEIGHTS:
+                shutil.copyfile(self.folder / "candidate" / name, work / name)
+
+        target = self.home / "versions" / self.candidate
+        manifest = save_version(
+            copy,
+            target,
+            self.base,
+            self.parent,
+            recipe=self.recipe.model_dump(),
+            seed=self.recipe.seed,
+            command=f"whetstone train --once --recipe {self.options.recipe_name} --steps {self.recipe.max_steps}",
+            task_ids=[task.id for task in tasks],
+            gate=decision.report(),
+        )
+        known: Literal["published", "refused"] = "published" if decision.promote else "refused"
+        self.store.add_version(self.candidate, self.parent, str(target), manifest.model_dump(), known, run_id=self.id)
 
     def _end(self, reason: str) -> RunResult:
         """Politely: nothing was wrong, there was only nothing to learn. Claimed tasks go back to the queue."""
@@ -375,6 +390,12 @@ class _Run:
         began = time.monotonic()
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - began
+
+
+def _learns_alike(before: dict[str, Any], recipe: Recipe) -> bool:
+    """Whether a run by one recipe can go on by the other."""
+    now = recipe.model_dump()
+    return all(before.get(key) == now[key] for key in now.keys() - MAY_CHANGE)
 
 
 def _write(file: Path, value: Any) -> None:

@@ -73,9 +73,7 @@ def read_version(folder: Path, base: str | None = None) -> Manifest:
         except OSError as error:
             raise CorruptVersion(f"{file} can't be read: {error}") from error
         if found != expected:
-            raise CorruptVersion(
-                f"{file} was altered: its sha256 isn't the manifest's. Restore it or retrain."
-            )
+            raise CorruptVersion(f"{file} was altered: its sha256 isn't the manifest's. Restore it or retrain.")
     if base is not None and manifest.base != base:
         raise CorruptVersion(
             f"Version {manifest.id!r} was trained on base {manifest.base} ({manifest.base_name}), not on {base}."

@@ -111,7 +111,9 @@ def _from_validation(error: RequestValidationError) -> ApiError:
         return ApiError(400, f"the body isn't JSON: {first['ctx']['error']} at character {position}.", "invalid_json")
     path = [str(part) for part in first["loc"] if part != "body"]
     param = ".".join(path) or None
+    message = first["msg"].removeprefix("Value error, ")
+    if param is None and first["type"] == "value_error":
+        return ApiError(400, message, "invalid_value")
     if param is None:  # no JSON at all, or JSON that isn't an object
         return ApiError(400, "the body must be a JSON object (Content-Type: application/json).", "invalid_body")
-    message = first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{param}: {message}", "missing" if first["type"] == "missing" else "invalid_value", param)

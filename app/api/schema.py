@@ -52,6 +52,7 @@ class MessageIn(BaseModel):
 
     def as_text(self) -> dict[str, str]:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # JSON can hold half a character
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 

@@ -45,6 +45,7 @@ def train(
     from online_rl.loop import RunOptions, RunRefused, run_once
     from online_rl.recipe import RecipeError, load_recipe
     from online_rl.tasks.generated import generate
+    from serving.engines.base import Sampling
     from serving.versions import install_shipped
 
     overrides: dict[str, object] = {}
@@ -61,6 +62,7 @@ def train(
                      *generate("plain", 20, 0, "heldout")],
             practice=_alternate(*(generate(kind, practice, day, "train") for kind in ("arithmetic", "lookup"))),
             recipe_name=recipe,
+            evaluation=Sampling(settings.temperature, settings.top_p, 256, seed=1),
         )  # fmt: skip
         with _bars() as listen, open_store(settings) as store:
             base = _base(settings, listen)
