@@ -106,11 +106,11 @@ class Service:
     async def answer(self, question: Question) -> AsyncGenerator[ServiceEvent]:
         """`Started`, the agent's events but `Done`, then `Finished`. Closing the generator cancels the answer.
 
-        Raises Overloaded, UnknownVerifier, PromptTooLong, UnknownVersion, NotFound (the conversation) before
+        Raises Overloaded, UnknownVerifier, BadGold, PromptTooLong, UnknownVersion, NotFound (the conversation) before
         `Started`; EngineError and StoreError at any time, after the turn has been closed as `error`.
         """
         if question.verifier is not None:
-            verifiers.get(question.verifier)
+            await self.call(verifiers.check_gold, question.verifier, question.gold or "")
         async with _ShieldedExitStack() as stack:
             stack.enter_context(self._place())
             prompt_ids = self._agent.render(question.messages)  # here: a tokenizer isn't for several threads
@@ -149,7 +149,7 @@ class Service:
     ) -> Outcome:
         """A verdict on a finished turn: a score in [0, 1], or a verifier and the right answer, which then score it.
 
-        Raises NotFound for a turn that doesn't exist or is another owner's, UnknownVerifier, StoreError.
+        Raises NotFound for a turn that doesn't exist or is another owner's, UnknownVerifier, BadGold, StoreError.
         """
 
         def judge() -> Outcome:
@@ -158,6 +158,7 @@ class Service:
                 raise NotFound("turn", turn_id)
             value, why = score, reason
             if verifier is not None and gold is not None:
+                verifiers.check_gold(verifier, gold)
                 calls = sum(step.action in ("code", "search") for step in turn.steps)
                 judged = verifiers.get(verifier).score(gold, turn.answer, tool_calls=calls)
                 value, why = judged.value, reason or judged.reason

@@ -134,3 +134,12 @@ async def test_closing_the_events_aborts_the_engine(make):
     await anext(stream)
     await stream.aclose()
     assert agent.engine.aborted == 1
+
+
+async def test_an_answer_cut_by_the_token_limit_ends_there(make):
+    long = "<think>Go.</think>\n<answer>" + "one two three " * 40 + "</answer>"
+    events = await run(make(lambda context: long), sampling=Sampling(max_tokens=40))
+    trajectory = events[-1].trajectory
+    assert trajectory.stop_reason == "length"
+    assert len(trajectory.steps) == 1
+    assert not trajectory.well_formed

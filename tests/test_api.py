@@ -291,6 +291,7 @@ async def test_feedback_scores_and_corrects(world: World) -> None:
         ({"turn_id": "TURN", "gold": "1"}, 400),
         ({"turn_id": "TURN", "verifier": "oracle", "gold": "1"}, 400),
         ({"turn_id": "TURN", "score": 1, "stars": 5}, 400),
+        ({"turn_id": "TURN", "verifier": "numeric", "gold": "abc"}, 400),
     ],
 )
 async def test_bad_feedback(world: World, body: dict[str, Any], status: int) -> None:

@@ -80,6 +80,26 @@ async def test_a_corrupt_version_is_refused_and_the_old_one_serves(store, engine
     await router.close()
 
 
+async def test_a_swap_that_failed_for_a_passing_reason_is_tried_again(store, engine, tmp_path, monkeypatch):
+    router = VersionRouter(store, engine, poll_s=60)
+    await router.start()
+    publish(store, tmp_path, "v1")
+    store.set_current("v1", "test")
+    load = engine.load
+
+    async def refuse_once(version, path):
+        monkeypatch.setattr(engine, "load", load)
+        raise EngineError("out of memory")
+
+    monkeypatch.setattr(engine, "load", refuse_once)
+    await router.refresh()
+    assert router.current == "v0"
+    await router.refresh()
+    assert router.current == "v1"
+    assert not router.refused
+    await router.close()
+
+
 async def test_a_server_starts_on_the_last_version_that_loads(store, engine, tmp_path):
     folder = publish(store, tmp_path, "v1")
     store.set_current("v1", "test")

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from app.service import Overloaded
 from feedback_store import NotFound, StoreError
-from online_rl.verifiers import UnknownVerifier
+from online_rl.verifiers import BadGold, UnknownVerifier
 from serving.engines.base import EngineError, PromptTooLong, UnknownVersion
 from serving.manifest import CorruptVersion
 
@@ -66,6 +66,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(404, str(error), "model_not_found", "model")
         case UnknownVerifier():
             return ApiError(400, str(error), "unknown_verifier", "verifier")
+        case BadGold():
+            return ApiError(400, str(error), "invalid_value", "gold")
         case Overloaded():
             return ApiError(429, str(error), "overloaded", headers=_RETRY)
         case NotFound():
@@ -97,6 +99,7 @@ def install(app: FastAPI) -> None:
         EngineError,
         StoreError,
         UnknownVerifier,
+        BadGold,
         CorruptVersion,
         Overloaded,
         Exception,

@@ -7,7 +7,7 @@ import re
 from app.service import Service
 from feedback_store import Outcome, StoreError
 from online_rl import verifiers
-from online_rl.verifiers import UnknownVerifier
+from online_rl.verifiers import BadGold, UnknownVerifier
 
 AUTO = "automatic"
 KINDS = {AUTO: "", "number": "numeric", "text": "exact", "maths": "math"}
@@ -47,7 +47,7 @@ async def correct(service: Service, owner: str, turn_id: str | None, gold: str, 
         outcome = await service.feedback(turn_id, owner, "person", verifier=name, gold=gold)
     except UnknownVerifier:
         return f"Not recorded: there is no verifier {name!r}; there are {', '.join(verifiers.names())}."
-    except StoreError as error:
+    except (BadGold, StoreError) as error:
         return f"Not recorded: {error}"
     return told(outcome)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from online_rl.verifiers import exact, f1, math_answer, no_tool, numeric
 from online_rl.verifiers.base import RIGHT, Score, ValidationReport, Verifier
 
-__all__ = ["RIGHT", "Score", "UnknownVerifier", "ValidationReport", "Verifier", "get", "names"]
+__all__ = ["RIGHT", "BadGold", "Score", "UnknownVerifier", "ValidationReport", "Verifier", "check_gold", "get", "names"]
 
 _VERIFIERS: dict[str, Verifier] = {
     module.VERIFIER.name: module.VERIFIER for module in (exact, f1, math_answer, no_tool, numeric)
@@ -14,6 +14,10 @@ _VERIFIERS: dict[str, Verifier] = {
 
 class UnknownVerifier(ValueError):
     """No verifier has that name."""
+
+
+class BadGold(ValueError):
+    """A verifier would call its own gold wrong, so no answer to it could ever be right."""
 
 
 def names() -> list[str]:
@@ -25,3 +29,9 @@ def get(name: str) -> Verifier:
     if name not in _VERIFIERS:
         raise UnknownVerifier(f"unknown verifier {name!r}: choose one of {', '.join(names())}")
     return _VERIFIERS[name]
+
+
+def check_gold(name: str, gold: str) -> None:
+    """Raises UnknownVerifier, or BadGold for a gold that the verifier can't recognise."""
+    if get(name).validate([gold]).rejected:
+        raise BadGold(f"the verifier {name!r} can't judge by the gold {gold[:80]!r}: give one that it reads as right")
