@@ -24,7 +24,7 @@ from online_rl.evaluation import Recorded, evaluate
 from online_rl.gate import decide
 from online_rl.loop import RunOptions, run_once
 from online_rl.recipe import load_recipe
-from online_rl.report import markdown
+from online_rl.report import accuracy_table, markdown
 from online_rl.tasks.base import Task
 from online_rl.tasks.generated import Kind, generate
 from serving.agent import Agent, Limits
@@ -110,18 +110,11 @@ async def _greedy(base: BaseModel, tools: dict[str, Any], versions: dict[str, Pa
 
 
 def _page(report: dict[str, Any]) -> str:
-    rows = [
-        f"| {row['kind']} | {row['n']} | {row['before']:.1%} | {row['after']:.1%} | {row['difference']:+.1%} "
-        f"({row['interval'][0]:+.1%} to {row['interval'][1]:+.1%}) | {row['p']:.2g} |"
-        for row in report["greedy"]["rows"]
-    ]
     return "\n".join([
         markdown(report).replace("curve.png", "learn.png"),
         "The same tasks answered greedily (temperature 0):",
         "",
-        "| held-out tasks | n | before | after | difference (95 % interval) | p |",
-        "|---|---|---|---|---|---|",
-        *rows,
+        *accuracy_table(report["greedy"]["rows"]),
         "",
         f"Made by `make learn` in {report['minutes']} minutes on {report['machine']['cores']} cores.",
         "",

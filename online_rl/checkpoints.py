@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from online_rl.recipe import Recipe
 from online_rl.step_metrics import Metrics
+from serving.manifest import sha256_of
 
 SEAL = "whole.json"
 POSITION = "tapo.json"
@@ -27,7 +27,7 @@ def last_good_checkpoint(run_dir: Path) -> Path | None:
 
 
 def seal(folder: Path) -> None:
-    hashes = {file.name: _sha256(file) for file in sorted(folder.iterdir()) if file.is_file() and file.name != SEAL}
+    hashes = {file.name: sha256_of(file) for file in sorted(folder.iterdir()) if file.is_file() and file.name != SEAL}
     draft = folder / f"{SEAL}.part"
     draft.write_text(json.dumps(hashes, indent=1), encoding="utf-8")
     os.replace(draft, folder / SEAL)
@@ -38,12 +38,7 @@ def _is_whole(folder: Path) -> bool:
     if not seal.is_file():
         return False
     hashes: dict[str, str] = json.loads(seal.read_text(encoding="utf-8"))
-    return all((folder / name).is_file() and _sha256(folder / name) == hash for name, hash in hashes.items())
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    return all((folder / name).is_file() and sha256_of(folder / name) == hash for name, hash in hashes.items())
 
 
 def step_of(checkpoint: Path) -> int:

@@ -37,7 +37,7 @@ def judge(task: Task, trajectory: Trajectory) -> ItemResult:
     return ItemResult(
         task_id=task.id,
         kind=task.kind,
-        correct=trajectory.stop_reason == "answer" and score.value > verifiers.RIGHT,
+        correct=trajectory.stop_reason == "answer" and score.right,
         tool_calls=trajectory.tool_calls,
         tool_errors=trajectory.tool_errors,
         own_tokens=trajectory.own_tokens,

@@ -31,13 +31,7 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         "![reward and accuracy by step](curve.png)",
         "",
-        "| held-out tasks | n | before | after | difference (95 % interval) | p |",
-        "|---|---|---|---|---|---|",
-        *(
-            f"| {row['kind']} | {row['n']} | {row['before']:.1%} | {row['after']:.1%} | {row['difference']:+.1%} "
-            f"({row['interval'][0]:+.1%} to {row['interval'][1]:+.1%}) | {row['p']:.2g} |"
-            for row in gate["rows"]
-        ),
+        *accuracy_table(gate["rows"]),
         "",
         "| behaviour | before | after |",
         "|---|---|---|",
@@ -61,6 +55,19 @@ def markdown(report: dict[str, Any]) -> str:
         ]
     cost = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report["seconds"].items())
     return "\n".join([*lines, "", f"Time: {cost}.", ""])
+
+
+def accuracy_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The gate's rows as lines of a Markdown table."""
+    return [
+        "| held-out tasks | n | before | after | difference (95 % interval) | p |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {row['kind']} | {row['n']} | {row['before']:.1%} | {row['after']:.1%} | {row['difference']:+.1%} "
+            f"({row['interval'][0]:+.1%} to {row['interval'][1]:+.1%}) | {row['p']:.2g} |"
+            for row in rows
+        ),
+    ]
 
 
 def plot_curve(metrics: Sequence[dict[str, Any]], file: Path, title: str = "Training") -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ async def encode(
 
 
 def right(task: Task, answer: str) -> bool:
-    return verifiers.get(task.verifier).score(task.gold, answer).value > 0.9
+    return verifiers.get(task.verifier).score(task.gold, answer).right
 
 
 def tasks(config: WarmupConfig) -> list[Task]:
@@ -192,9 +192,3 @@ class _NoEngine:
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"The warm start has no engine (asked for {name!r}).")
-
-
-def describe(rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, int]:
-    """How much there is to learn from: demonstrations, tokens, and the policy's own among them."""
-    own = sum(label != -100 for _, labels in rows for label in labels)
-    return {"demonstrations": len(rows), "tokens": sum(len(ids) for ids, _ in rows), "own_tokens": own}

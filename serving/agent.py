@@ -80,6 +80,7 @@ class Agent:
         prompt_ids = self.render(messages)
         context = list(prompt_ids)
         steps: list[Step] = []
+        spent = 0  # own tokens so far
         answer = ""
         stop_reason: StopReason = "no_answer"
         for index in range(self.limits.max_turns + 1):
@@ -92,7 +93,7 @@ class Agent:
             drawn = replace(
                 sampling,
                 seed=None if sampling.seed is None else sampling.seed + index,
-                max_tokens=min(sampling.max_tokens, self.limits.answer_tokens - sum(sum(s.mask) for s in steps)),
+                max_tokens=min(sampling.max_tokens, self.limits.answer_tokens - spent),
             )
             request = GenerateRequest(context, version, drawn, self.dialect.stops(last))
             async with aclosing(self.engine.generate(request)) as chunks:  # type: ignore[type-var]
@@ -102,6 +103,7 @@ class Agent:
                     reason = chunk.finish_reason
                     for event in parser.feed(chunk.token_ids):
                         yield event
+            spent += len(ids)
             parsed = parser.finish(stopped=reason == "stop")
             if last and parsed.action != "answer":
                 parsed = replace(parsed, action="invalid", input="", well_formed=False)  # tools are off: nothing ran
@@ -118,7 +120,6 @@ class Agent:
                 yield ToolCall(parsed.action, parsed.input.strip())
                 observation = await (call or self.run_tool)(parsed.action, parsed.input.strip())
                 yield ToolResult(observation)
-            spent = sum(sum(step.mask) for step in steps) + len(ids)
             room = self.engine.context_length - len(context) - len(ids) - _ROOM_FOR_AN_ANSWER
             observed = self.dialect.encode_observation(
                 observation.text, self.limits.observation_tokens, last=index + 1 == self.limits.max_turns

@@ -47,7 +47,7 @@ def write_version(
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         save(work)
-        manifest = describe({name: _sha256(work / name) for name in WEIGHTS})
+        manifest = describe({name: sha256_of(work / name) for name in WEIGHTS})
         (work / "manifest.json").write_text(manifest.model_dump_json(indent=2) + "\n")
         work.chmod(0o755)
         shutil.rmtree(folder, ignore_errors=True)
@@ -69,7 +69,7 @@ def read_version(folder: Path, base: str | None = None) -> Manifest:
     for name, expected in manifest.files.items():
         file = folder / name
         try:
-            found = _sha256(file)
+            found = sha256_of(file)
         except OSError as error:
             raise CorruptVersion(f"{file} can't be read: {error}") from error
         if found != expected:
@@ -92,5 +92,7 @@ def copy_version(source: Path, target: Path) -> Manifest:
     return write_version(target, save, lambda _: known)
 
 
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def sha256_of(file: Path) -> str:
+    """The hash of a file's content, in hexadecimal."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
