@@ -16,7 +16,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-SearchBackend = Literal["ddgs", "local"]
+SearchBackend = Literal["ddgs", "searxng", "local"]
 
 
 class SettingsError(ValueError):
@@ -57,16 +57,53 @@ class Settings(BaseSettings):
     search_backends: Annotated[list[SearchBackend], NoDecode] = Field(
         default=["ddgs", "local"], min_length=1, description="asked in this order until one answers"
     )
-    search_seconds: float = Field(6.0, gt=0, description="of one look-up on the web")
-    documents: Path | None = Field(None, description="a folder of .txt and .md files that search reads as well")
+    search_seconds: float = Field(6.0, gt=0, description="of one look-up on the web, retries included")
+    search_region: str = Field("us-en", description="of ddgs and SearXNG: country-language")
+    search_safe: Literal["on", "moderate", "off"] = "moderate"
+    search_age: Literal["day", "week", "month", "year"] | None = Field(None, description="no older pages than this")
+    search_news: bool = Field(False, description="search the news instead of the whole web")
+    search_cache_seconds: float = Field(900.0, ge=0, description="how long a result may be given again")
+    search_per_minute: float = Field(30.0, gt=0, description="look-ups that one web backend is asked for at most")
+    searxng_url: str | None = Field(None, description="of a SearXNG instance whose JSON format is on")
+    documents: Path | None = Field(None, description=".txt, .md, .html, .pdf files that search reads too")
+    open_pages: bool = Field(False, description="give the model the tool `fetch`, which opens a web page")
+    fetch_seconds: float = Field(10.0, gt=0, description="of opening one page, redirects included")
+    fetch_bytes: int = Field(2_000_000, ge=10_000, description="of one page, more isn't downloaded")
+
+    python_backend: Literal["bubblewrap", "container"] = Field("bubblewrap", description="what isolates the Python")
     python_seconds: float = Field(8.0, gt=0, description="of one run in the sandbox")
+    python_memory_mb: int = Field(512, ge=64, description="of one program, beside the libraries")
+    python_pool: int = Field(4, ge=0, le=64, description="interpreters that wait, started, for the next program")
+    python_running: int = Field(16, ge=1, le=256, description="programs and kept interpreters at the same time")
+    python_state: Literal["call", "conversation"] = Field(
+        "call", description="how long variables live: one call, or on through a conversation"
+    )
+    python_packages: Annotated[list[str], NoDecode] = Field(
+        default=["numpy", "scipy", "sympy", "pandas", "matplotlib"],
+        description="installed packages that programs may import, imported beforehand",
+    )
+    container_image: str = Field("python:3.11", description="of python_backend = container")
+    container_runtime: str | None = Field(None, description="of python_backend = container: runsc for gVisor")
     unsafe_without_sandbox: bool = Field(
         False,
         description="where bubblewrap is missing, run the model's Python with this user's rights",
     )
+    files_mb: int = Field(64, ge=1, description="of one conversation's uploaded and written files together")
+
+    tools: Annotated[list[str], NoDecode] = Field(
+        default_factory=list, description="LangChain tools of your own, each `module:name`"
+    )
+    mcp_servers: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="MCP servers by name, as langchain-mcp-adapters takes them"
+    )
+    key_tools: dict[str, list[str]] = Field(
+        default_factory=dict, description="tools that one owner (key-…) may use; an owner who isn't named may use all"
+    )
+    tool_calls_per_owner: int = Field(8, ge=1, description="tool calls of one owner at the same time")
+    audit: bool = Field(True, description="write a line for each tool call to audit.jsonl")
     queue_max: int = Field(10_000, ge=1, description="tasks that may wait for training")
 
-    @field_validator("api_keys", "search_backends", mode="before")
+    @field_validator("api_keys", "search_backends", "python_packages", "tools", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
