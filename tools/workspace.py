@@ -1,0 +1,360 @@
+"""The files of each conversation: what a person uploaded, what programs wrote, and the figures that they drew.
+
+    root/<conversation>/files/<name>       uploaded, or written by a program; programs find them in /mnt/data
+    root/<conversation>/images/<hash>.png figures
+
+Names and bytes come from strangers and from hostile programs, so nothing here follows a symbolic link, a name is one
+plain name, and a conversation's room is bounded. Any number of threads and processes may use the same root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import io
+import mimetypes
+import os
+import re
+import secrets
+import shutil
+import stat
+import unicodedata
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from PIL import Image
+
+from tools.python.backend import File
+
+NAME_BYTES = 120
+MAX_SIDE = 4096  # pixels of a figure
+UNKNOWN = "application/octet-stream"
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_TEMPORARY = ".part-"
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a named pipe in the way doesn't hold us up
+
+
+class WorkspaceError(Exception):
+    """A file can't be had or kept. The message names it and the way out."""
+
+
+class FileMissing(WorkspaceError):
+    """There is no such file in this conversation."""
+
+
+class BadName(WorkspaceError):
+    """A file can't be called that, or an id isn't one."""
+
+
+class BadImage(WorkspaceError):
+    """What should be a figure isn't a PNG that a page could show."""
+
+
+class WorkspaceFull(WorkspaceError):
+    """The conversation's files would be too many or too large."""
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """`bytes` is the size; `media_type` is guessed from the name; `modified_at` is in UTC."""
+
+    name: str
+    bytes: int
+    media_type: str
+    modified_at: datetime
+
+
+class Workspaces:
+    """The files of all conversations, under `root`. Every call blocks for as long as the disk does.
+
+    `max_bytes` bounds one conversation's files and figures together, `max_files` the number of each. A conversation
+    that has no files yet is an empty one. Raises BadName for an id that can't be a conversation's.
+    """
+
+    def __init__(self, root: Path, max_bytes: int = 64 << 20, max_files: int = 100) -> None:
+        self.root = root
+        self.max_bytes = max_bytes
+        self.max_files = max_files
+
+    def files(self, conversation_id: str) -> list[FileInfo]:
+        """The conversation's files by name, without its figures."""
+        with self._open(conversation_id, "files") as folder:
+            return [] if folder is None else [_info(name, found) for name, found in _scan(folder)]
+
+    def read(self, conversation_id: str, name: str) -> bytes:
+        """Raises FileMissing and BadName."""
+        return self._read(conversation_id, "files", check_name(name))
+
+    def path(self, conversation_id: str, name: str) -> Path:
+        """Where the file lies, for a reader that takes a path. Raises FileMissing and BadName."""
+        return self._path(conversation_id, "files", check_name(name))
+
+    def write(self, conversation_id: str, name: str, data: bytes) -> FileInfo:
+        """Keep `data` as `name`, in place of what had that name; on disk when this returns.
+
+        Raises BadName, also for a name that differs from another file's by case or look alone, and WorkspaceFull.
+        """
+        check_name(name)
+        with self._locked(conversation_id) as top:
+            kept = [found for found, _ in _scan_below(top, "files")]
+            for other in kept:
+                if other != name and _look(other) == _look(name):
+                    raise BadName(f"{name!r} looks like {other!r}, which is there already: choose another name.")
+            return _info(name, self._put(top, "files", name, data))
+
+    def remove(self, conversation_id: str, name: str) -> None:
+        """Raises FileMissing and BadName."""
+        check_name(name)
+        with self._open(conversation_id, "files") as folder:
+            if folder is None:
+                raise _missing(name)
+            try:
+                os.unlink(name, dir_fd=folder)
+            except (FileNotFoundError, IsADirectoryError):
+                raise _missing(name) from None
+
+    def write_image(self, conversation_id: str, png: bytes) -> str:
+        """Keep a figure; returns its name, which is made from its content. Raises BadImage and WorkspaceFull."""
+        check_png(png)
+        name = hashlib.sha256(png).hexdigest()[:32] + ".png"
+        with self._locked(conversation_id) as top:
+            self._put(top, "images", name, png)
+        return name
+
+    def read_image(self, conversation_id: str, name: str) -> bytes:
+        """Raises FileMissing and BadName."""
+        return self._read(conversation_id, "images", check_name(name))
+
+    def image_path(self, conversation_id: str, name: str) -> Path:
+        """Raises FileMissing and BadName."""
+        return self._path(conversation_id, "images", check_name(name))
+
+    def load(self, conversation_id: str) -> list[File]:
+        """All files with their bytes, as a program gets them. One that vanishes meanwhile is left out."""
+        loaded = []
+        for info in self.files(conversation_id):
+            with contextlib.suppress(FileMissing):
+                loaded.append(File(info.name, self.read(conversation_id, info.name)))
+        return loaded
+
+    def forget(self, conversation_id: str) -> None:
+        """Delete the conversation's files and figures. A program that still runs could write anew: end it first."""
+        with self._top(conversation_id) as top:
+            if top is None:
+                return
+            fcntl.flock(top, fcntl.LOCK_EX)
+            shutil.rmtree(self.root / conversation_id)  # keeps to directory descriptors, so no link leads it astray
+        _sync(self.root)
+
+    # A conversation's folder is opened once and everything else is reached from its descriptor: a folder that is
+    # exchanged for a link meanwhile changes nothing.
+
+    @contextlib.contextmanager
+    def _top(self, conversation_id: str) -> Iterator[int | None]:
+        if not _ID.fullmatch(conversation_id):
+            raise BadName(f"{conversation_id[:80]!r} isn't a conversation's id.")
+        try:
+            top = os.open(self.root / conversation_id, _FOLDER)
+        except FileNotFoundError:
+            yield None
+            return
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENOTDIR):
+                raise FileMissing(f"{self.root / conversation_id} isn't a folder: remove it.") from error
+            raise
+        try:
+            yield top
+        finally:
+            os.close(top)
+
+    @contextlib.contextmanager
+    def _open(self, conversation_id: str, kind: str) -> Iterator[int | None]:
+        """The descriptor of the conversation's folder `kind`; None where there is none yet."""
+        with self._top(conversation_id) as top:
+            folder = None if top is None else _below(top, kind)
+            try:
+                yield folder
+            finally:
+                if folder is not None:
+                    os.close(folder)
+
+    @contextlib.contextmanager
+    def _locked(self, conversation_id: str) -> Iterator[int]:
+        """The descriptor of the conversation's folder, made if need be, with no other writer in it."""
+        while True:
+            with self._top(conversation_id) as top:
+                if top is None:
+                    (self.root / conversation_id).mkdir(mode=0o700, parents=True, exist_ok=True)
+                    _sync(self.root)
+                    continue
+                fcntl.flock(top, fcntl.LOCK_EX)
+                if os.fstat(top).st_nlink == 0:
+                    continue  # forgotten while we waited
+                yield top
+                return
+
+    def _put(self, top: int, kind: str, name: str, data: bytes) -> os.stat_result:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(kind, 0o700, dir_fd=top)
+        held = {part: _scan_below(top, part) for part in ("files", "images")}
+        others = [found for found, _ in held[kind] if found != name]
+        if len(others) >= self.max_files:
+            raise WorkspaceFull(
+                f"{name!r} isn't kept: the conversation has {len(others)} {kind}, and may have {self.max_files}. "
+                "Delete some, or begin a new conversation."
+            )
+        used = sum(found.st_size for part, all_ in held.items() for n, found in all_ if (part, n) != (kind, name))
+        if used + len(data) > self.max_bytes:
+            raise WorkspaceFull(
+                f"{name!r} isn't kept: its {len(data):,} bytes and the {used:,} bytes that the conversation has are "
+                f"over {self.max_bytes:,}. Delete some files, begin a new conversation, or raise WHETSTONE_FILES_MB."
+            )
+        folder = os.open(kind, _FOLDER, dir_fd=top)
+        try:
+            return _replace(folder, name, data)
+        finally:
+            os.close(folder)
+
+    def _read(self, conversation_id: str, kind: str, name: str) -> bytes:
+        with self._open(conversation_id, kind) as folder:
+            if folder is None:
+                raise _missing(name)
+            with _open_file(folder, name) as file:
+                return file.read()
+
+    def _path(self, conversation_id: str, kind: str, name: str) -> Path:
+        with self._open(conversation_id, kind) as folder:
+            if folder is None:
+                raise _missing(name)
+            with _open_file(folder, name):
+                return self.root / conversation_id / kind / name
+
+
+def check_name(name: str) -> str:
+    """`name`, if a file may be called that: one plain name in NFC. Raises BadName with the reason."""
+    shown = repr(name if len(name) <= NAME_BYTES else name[:NAME_BYTES] + "…")
+    if not name.strip() or name != name.strip():
+        raise BadName(f"A file can't be called {shown}: a name isn't empty and has no space at its ends.")
+    if "/" in name or "\\" in name:
+        raise BadName(f"A file can't be called {shown}: give a plain name, without a folder.")
+    if name.startswith("."):
+        raise BadName(f"A file can't be called {shown}: a name doesn't begin with a dot.")
+    if any(unicodedata.category(character)[0] == "C" or character in "\u2028\u2029" for character in name):
+        raise BadName(f"A file can't be called {shown}: it has characters that can't be seen.")
+    if not unicodedata.is_normalized("NFC", name):
+        raise BadName(f"A file can't be called {shown}: write its letters composed (Unicode NFC).")
+    if len(name.encode()) > NAME_BYTES:
+        raise BadName(f"A file can't be called {shown}: a name has at most {NAME_BYTES} bytes.")
+    return name
+
+
+def check_png(data: bytes) -> None:
+    """That `data` is a PNG whose parts add up and that a page can show. Its pixels aren't decoded. Raises BadImage."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the sides are bounded below
+            with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+                width, height = image.size
+                image.verify()
+    except Exception as error:  # whatever a parser says about bytes that were made to confuse it
+        raise BadImage(f"The figure isn't a PNG: {type(error).__name__}.") from error
+    if max(width, height) > MAX_SIDE:
+        raise BadImage(f"The figure has {width} by {height} pixels; at most {MAX_SIDE} by {MAX_SIDE} are shown.")
+
+
+def media_type_of(name: str) -> str:
+    """By the name's ending; what is in the file may be something else."""
+    media_type, encoding = mimetypes.guess_type(name, strict=False)
+    return UNKNOWN if media_type is None or encoding else media_type
+
+
+def _info(name: str, found: os.stat_result) -> FileInfo:
+    return FileInfo(name, found.st_size, media_type_of(name), datetime.fromtimestamp(found.st_mtime, UTC))
+
+
+def _look(name: str) -> str:
+    """The same for names that a person, or another file system, takes for one another."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+
+
+def _missing(name: str) -> FileMissing:
+    return FileMissing(f"There is no file {name!r} in this conversation.")
+
+
+def _below(top: int, kind: str) -> int | None:
+    try:
+        return os.open(kind, _FOLDER, dir_fd=top)
+    except FileNotFoundError:
+        return None
+
+
+def _scan(folder: int) -> list[tuple[str, os.stat_result]]:
+    """The plain files in an open folder, by name."""
+    found = []
+    for name in sorted(os.listdir(folder)):
+        with contextlib.suppress(FileNotFoundError):
+            status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            if stat.S_ISREG(status.st_mode) and not name.startswith("."):
+                found.append((name, status))
+    return found
+
+
+def _scan_below(top: int, kind: str) -> list[tuple[str, os.stat_result]]:
+    folder = _below(top, kind)
+    if folder is None:
+        return []
+    try:
+        return _scan(folder)
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def _open_file(folder: int, name: str) -> Iterator[io.BufferedReader]:
+    try:
+        descriptor = os.open(name, _FILE, dir_fd=folder)
+    except FileNotFoundError:
+        raise _missing(name) from None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, a socket
+            raise _missing(name) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _missing(name)
+    with open(descriptor, "rb") as file:
+        yield file
+
+
+def _replace(folder: int, name: str, data: bytes) -> os.stat_result:
+    """Write beside, then rename: a reader sees the old bytes or the new. The lock is held."""
+    for left in os.listdir(folder):
+        if left.startswith(_TEMPORARY):  # of a writer that died
+            os.unlink(left, dir_fd=folder)
+    temporary = _TEMPORARY + secrets.token_hex(8)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(temporary, flags, 0o600, dir_fd=folder), "wb") as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            os.unlink(temporary, dir_fd=folder)
+            raise
+        os.fsync(folder)
+        return os.fstat(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
