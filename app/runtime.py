@@ -17,6 +17,7 @@ from serving.engines.llamacpp import LlamaCppEngine
 from serving.model import ModelMissing, prepare_base
 from serving.versions import VersionRouter, install_shipped
 from tools.registry import build_tools
+from tools.workspace import Workspaces
 
 Progress = Callable[[str], None]
 
@@ -73,4 +74,5 @@ async def _start(settings: Settings, progress: Progress, stack: AsyncExitStack) 
         tools,
         Limits(settings.max_turns, settings.observation_tokens, tool_seconds),
     )
-    return Service(store, router, agent, engine, settings.max_answers)
+    workspaces = Workspaces(settings.home / "files", settings.files_mb << 20)
+    return Service(store, router, agent, engine, settings.max_answers, workspaces)

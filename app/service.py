@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from serving.agent import Agent
     from serving.engines.base import Engine
     from serving.versions import VersionRouter
+    from tools.workspace import Workspaces
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -87,8 +88,15 @@ class Service:
     """Answers questions with the version in service and records everything. One per process, used from one loop."""
 
     def __init__(
-        self, store: Store, router: VersionRouter, agent: Agent, engine: Engine, max_answers: int = 64
+        self,
+        store: Store,
+        router: VersionRouter,
+        agent: Agent,
+        engine: Engine,
+        max_answers: int = 64,
+        workspaces: Workspaces | None = None,
     ) -> None:
+        self.workspaces = workspaces
         self.store = store
         self.router = router
         self.engine = engine
