@@ -14,50 +14,35 @@ import errno
 import fcntl
 import hashlib
 import io
-import mimetypes
 import os
 import re
 import secrets
 import shutil
 import stat
-import unicodedata
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from PIL import Image
-
+from tools.file_rules import (
+    BadImage,
+    BadName,
+    FileMissing,
+    WorkspaceError,
+    WorkspaceFull,
+    check_name,
+    check_png,
+    look_of,
+    media_type_of,
+)
 from tools.python.backend import File
 
-NAME_BYTES = 120
-MAX_SIDE = 4096  # pixels of a figure
-UNKNOWN = "application/octet-stream"
+__all__ = ["BadImage", "BadName", "FileInfo", "FileMissing", "WorkspaceError", "WorkspaceFull", "Workspaces"]
+
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _TEMPORARY = ".part-"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a named pipe in the way doesn't hold us up
-
-
-class WorkspaceError(Exception):
-    """A file can't be had or kept. The message names it and the way out."""
-
-
-class FileMissing(WorkspaceError):
-    """There is no such file in this conversation."""
-
-
-class BadName(WorkspaceError):
-    """A file can't be called that, or an id isn't one."""
-
-
-class BadImage(WorkspaceError):
-    """What should be a figure isn't a PNG that a page could show."""
-
-
-class WorkspaceFull(WorkspaceError):
-    """The conversation's files would be too many or too large."""
 
 
 @dataclass(frozen=True)
@@ -95,18 +80,31 @@ class Workspaces:
         """Where the file lies, for a reader that takes a path. Raises FileMissing and BadName."""
         return self._path(conversation_id, "files", check_name(name))
 
+    def open(self, conversation_id: str, name: str) -> io.BufferedReader:
+        """For reading bit by bit; the caller closes it. Raises FileMissing and BadName."""
+        return self._reader(conversation_id, "files", check_name(name))
+
     def write(self, conversation_id: str, name: str, data: bytes) -> FileInfo:
         """Keep `data` as `name`, in place of what had that name; on disk when this returns.
 
         Raises BadName, also for a name that differs from another file's by case or look alone, and WorkspaceFull.
         """
-        check_name(name)
+        return self.write_all(conversation_id, [File(name, data)])[0]
+
+    def write_all(self, conversation_id: str, files: Sequence[File]) -> list[FileInfo]:
+        """Keep all of `files`, or none where one has a bad name or there is no room for all. Raises as `write`."""
+        if not files:
+            return []
+        names = [check_name(file.name) for file in files]
         with self._locked(conversation_id) as top:
-            kept = [found for found, _ in _scan_below(top, "files")]
-            for other in kept:
-                if other != name and _look(other) == _look(name):
+            looks = {look_of(found): found for found, _ in _scan_below(top, "files")}
+            for number, name in enumerate(names):
+                if name in names[:number]:
+                    raise BadName(f"{name!r} is there twice: give each file a name of its own.")
+                if (other := looks.setdefault(look_of(name), name)) != name:
                     raise BadName(f"{name!r} looks like {other!r}, which is there already: choose another name.")
-            return _info(name, self._put(top, "files", name, data))
+            self._make_room(top, "files", {file.name: len(file.data) for file in files})
+            return [_info(file.name, _put(top, "files", file.name, file.data)) for file in files]
 
     def remove(self, conversation_id: str, name: str) -> None:
         """Raises FileMissing and BadName."""
@@ -124,8 +122,13 @@ class Workspaces:
         check_png(png)
         name = hashlib.sha256(png).hexdigest()[:32] + ".png"
         with self._locked(conversation_id) as top:
-            self._put(top, "images", name, png)
+            self._make_room(top, "images", {name: len(png)})
+            _put(top, "images", name, png)
         return name
+
+    def open_image(self, conversation_id: str, name: str) -> io.BufferedReader:
+        """As `open`, of a figure."""
+        return self._reader(conversation_id, "images", check_name(name))
 
     def read_image(self, conversation_id: str, name: str) -> bytes:
         """Raises FileMissing and BadName."""
@@ -199,88 +202,50 @@ class Workspaces:
                 yield top
                 return
 
-    def _put(self, top: int, kind: str, name: str, data: bytes) -> os.stat_result:
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(kind, 0o700, dir_fd=top)
+    def _make_room(self, top: int, kind: str, sizes: dict[str, int]) -> None:
+        """Raises WorkspaceFull where files of these names and sizes can't be kept beside the others."""
         held = {part: _scan_below(top, part) for part in ("files", "images")}
-        others = [found for found, _ in held[kind] if found != name]
-        if len(others) >= self.max_files:
+        count = len({name for name, _ in held[kind]} | sizes.keys())
+        if count > self.max_files:
             raise WorkspaceFull(
-                f"{name!r} isn't kept: the conversation has {len(others)} {kind}, and may have {self.max_files}. "
-                "Delete some, or begin a new conversation."
+                f"{_listed(sizes)} can't be kept: the conversation would have {count} {kind}, and may have "
+                f"{self.max_files}. Delete some, or begin a new conversation."
             )
-        used = sum(found.st_size for part, all_ in held.items() for n, found in all_ if (part, n) != (kind, name))
-        if used + len(data) > self.max_bytes:
+        used = sum(
+            status.st_size
+            for part, found in held.items()
+            for name, status in found
+            if part != kind or name not in sizes
+        )
+        if used + sum(sizes.values()) > self.max_bytes:
             raise WorkspaceFull(
-                f"{name!r} isn't kept: its {len(data):,} bytes and the {used:,} bytes that the conversation has are "
-                f"over {self.max_bytes:,}. Delete some files, begin a new conversation, or raise WHETSTONE_FILES_MB."
+                f"{_listed(sizes)} can't be kept: with {sum(sizes.values()):,} bytes beside the {used:,} that the "
+                f"conversation has it would be over {self.max_bytes:,}. Delete some files, begin a new conversation, "
+                "or raise WHETSTONE_FILES_MB."
             )
-        folder = os.open(kind, _FOLDER, dir_fd=top)
-        try:
-            return _replace(folder, name, data)
-        finally:
-            os.close(folder)
+
+    def _reader(self, conversation_id: str, kind: str, name: str) -> io.BufferedReader:
+        with self._open(conversation_id, kind) as folder:
+            if folder is None:
+                raise _missing(name)
+            return _open_file(folder, name)
 
     def _read(self, conversation_id: str, kind: str, name: str) -> bytes:
-        with self._open(conversation_id, kind) as folder:
-            if folder is None:
-                raise _missing(name)
-            with _open_file(folder, name) as file:
-                return file.read()
+        with self._reader(conversation_id, kind, name) as file:
+            return file.read()
 
     def _path(self, conversation_id: str, kind: str, name: str) -> Path:
-        with self._open(conversation_id, kind) as folder:
-            if folder is None:
-                raise _missing(name)
-            with _open_file(folder, name):
-                return self.root / conversation_id / kind / name
-
-
-def check_name(name: str) -> str:
-    """`name`, if a file may be called that: one plain name in NFC. Raises BadName with the reason."""
-    shown = repr(name if len(name) <= NAME_BYTES else name[:NAME_BYTES] + "…")
-    if not name.strip() or name != name.strip():
-        raise BadName(f"A file can't be called {shown}: a name isn't empty and has no space at its ends.")
-    if "/" in name or "\\" in name:
-        raise BadName(f"A file can't be called {shown}: give a plain name, without a folder.")
-    if name.startswith("."):
-        raise BadName(f"A file can't be called {shown}: a name doesn't begin with a dot.")
-    if any(unicodedata.category(character)[0] == "C" or character in "\u2028\u2029" for character in name):
-        raise BadName(f"A file can't be called {shown}: it has characters that can't be seen.")
-    if not unicodedata.is_normalized("NFC", name):
-        raise BadName(f"A file can't be called {shown}: write its letters composed (Unicode NFC).")
-    if len(name.encode()) > NAME_BYTES:
-        raise BadName(f"A file can't be called {shown}: a name has at most {NAME_BYTES} bytes.")
-    return name
-
-
-def check_png(data: bytes) -> None:
-    """That `data` is a PNG whose parts add up and that a page can show. Its pixels aren't decoded. Raises BadImage."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the sides are bounded below
-            with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-                width, height = image.size
-                image.verify()
-    except Exception as error:  # whatever a parser says about bytes that were made to confuse it
-        raise BadImage(f"The figure isn't a PNG: {type(error).__name__}.") from error
-    if max(width, height) > MAX_SIDE:
-        raise BadImage(f"The figure has {width} by {height} pixels; at most {MAX_SIDE} by {MAX_SIDE} are shown.")
-
-
-def media_type_of(name: str) -> str:
-    """By the name's ending; what is in the file may be something else."""
-    media_type, encoding = mimetypes.guess_type(name, strict=False)
-    return UNKNOWN if media_type is None or encoding else media_type
+        self._reader(conversation_id, kind, name).close()
+        return self.root / conversation_id / kind / name
 
 
 def _info(name: str, found: os.stat_result) -> FileInfo:
     return FileInfo(name, found.st_size, media_type_of(name), datetime.fromtimestamp(found.st_mtime, UTC))
 
 
-def _look(name: str) -> str:
-    """The same for names that a person, or another file system, takes for one another."""
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+def _listed(names: Iterable[str]) -> str:
+    first, *others = names
+    return repr(first) + (f" and {len(others)} more" if others else "")
 
 
 def _missing(name: str) -> FileMissing:
@@ -315,8 +280,7 @@ def _scan_below(top: int, kind: str) -> list[tuple[str, os.stat_result]]:
         os.close(folder)
 
 
-@contextlib.contextmanager
-def _open_file(folder: int, name: str) -> Iterator[io.BufferedReader]:
+def _open_file(folder: int, name: str) -> io.BufferedReader:
     try:
         descriptor = os.open(name, _FILE, dir_fd=folder)
     except FileNotFoundError:
@@ -328,8 +292,17 @@ def _open_file(folder: int, name: str) -> Iterator[io.BufferedReader]:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise _missing(name)
-    with open(descriptor, "rb") as file:
-        yield file
+    return open(descriptor, "rb")
+
+
+def _put(top: int, kind: str, name: str, data: bytes) -> os.stat_result:
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(kind, 0o700, dir_fd=top)
+    folder = os.open(kind, _FOLDER, dir_fd=top)
+    try:
+        return _replace(folder, name, data)
+    finally:
+        os.close(folder)
 
 
 def _replace(folder: int, name: str, data: bytes) -> os.stat_result:
