@@ -1,6 +1,6 @@
 """The record of conversations, outcomes, tasks, versions and runs. Open it with `Store.open(path)`."""
 
-from feedback_store.errors import InvalidRecord, NotFound, QueueFull, StoreError
+from feedback_store.errors import DamagedRecord, InvalidRecord, NotFound, QueueFull, StoreError
 from feedback_store.records import (
     Conversation,
     Lineage,
@@ -14,14 +14,17 @@ from feedback_store.records import (
     StepLike,
     StoredObservation,
     StoredStep,
+    ToolResult,
     Turn,
     Version,
     VersionChange,
 )
 from feedback_store.store import Store
+from feedback_store.tool_results import as_stored, result_hash
 
 __all__ = [
     "Conversation",
+    "DamagedRecord",
     "InvalidRecord",
     "Lineage",
     "Message",
@@ -38,7 +41,10 @@ __all__ = [
     "StoreError",
     "StoredObservation",
     "StoredStep",
+    "ToolResult",
     "Turn",
     "Version",
     "VersionChange",
+    "as_stored",
+    "result_hash",
 ]

@@ -13,8 +13,9 @@ from feedback_store.database import Database
 from feedback_store.errors import InvalidRecord, NotFound
 from feedback_store.ids import new_id
 from feedback_store.processes import Process, is_alive, this_process
-from feedback_store.records import Conversation, FinalStatus, Message, StepLike, StoredObservation, StoredStep, Turn
+from feedback_store.records import Conversation, FinalStatus, Message, StepLike, StoredStep, Turn
 from feedback_store.schema import conversations, steps, turns
+from feedback_store.tool_results import as_stored, call_hash, put_result, steps_with_results, stored_observation
 
 _OPEN = ("running", "interrupted")  # an interrupted turn may go on: its process was only out of sight
 
@@ -39,15 +40,6 @@ def _conversation(row: Row[Any]) -> Conversation:
 
 
 def _step(row: Row[Any]) -> StoredStep:
-    observation = None
-    if row.tool is not None:
-        observation = StoredObservation(
-            row.tool,
-            row.observation,
-            row.observation_error,
-            row.observation_artifact or {},
-            row.observation_seconds,
-        )
     return StoredStep(
         index=row.position,
         token_ids=unpack_ids(row.token_ids),
@@ -58,7 +50,7 @@ def _step(row: Row[Any]) -> StoredStep:
         thought=row.thought,
         action=row.action,
         input=row.input,
-        observation=observation,
+        observation=stored_observation(row),
         well_formed=row.well_formed,
         seconds=row.seconds,
     )
@@ -199,8 +191,8 @@ class Conversations(Database):
                 f"Step {step.index} of turn {turn_id}: token_ids, logprobs and mask must be parallel, "
                 f"but have {lengths[0]}, {lengths[1]} and {lengths[2]} entries."
             )
-        seen = step.observation
-        values = {
+        seen = None if step.observation is None else as_stored(step.observation)
+        values: dict[str, Any] = {
             "turn_id": turn_id,
             "position": step.index,
             "version": step.version,
@@ -213,10 +205,7 @@ class Conversations(Database):
             "input": step.input,
             "well_formed": step.well_formed,
             "seconds": step.seconds,
-            "tool": None if seen is None else seen.tool,
-            "observation": None if seen is None else seen.text,
-            "observation_error": None if seen is None else seen.error,
-            "observation_artifact": None if seen is None else dict(seen.artifact),
+            "call_hash": None if seen is None else call_hash(seen.tool, step.input),
             "observation_seconds": None if seen is None else seen.seconds,
             "created_at": self._now(),
         }
@@ -225,6 +214,7 @@ class Conversations(Database):
             same = select(steps.c.position).where(steps.c.turn_id == turn_id, steps.c.position == step.index)
             if connection.execute(same).first() is not None:
                 raise InvalidRecord(f"Turn {turn_id} already has a step {step.index}.")
+            values["result_hash"] = None if seen is None else put_result(connection, seen, values["created_at"])
             connection.execute(insert(steps).values(values))
 
     def finish_turn(self, turn_id: str, answer: str, status: FinalStatus, error: str = "") -> None:
@@ -245,8 +235,8 @@ class Conversations(Database):
             row = connection.execute(select(turns).where(turns.c.id == turn_id)).first()
             if row is None:
                 raise NotFound("turn", turn_id)
-            its_steps = connection.execute(select(steps).where(steps.c.turn_id == turn_id).order_by(steps.c.position))
-            return _turn(row, [_step(step) for step in its_steps])
+            its_steps = steps_with_results().where(steps.c.turn_id == turn_id).order_by(steps.c.position)
+            return _turn(row, [_step(step) for step in connection.execute(its_steps)])
 
     def turn_of_request(self, request_id: str) -> str:
         """The id of the turn that answered a request: clients know a request's id, not a turn's."""

@@ -26,6 +26,10 @@ class InvalidRecord(StoreError, ValueError):
     """What the caller handed over can't be recorded as it is."""
 
 
+class DamagedRecord(StoreError):
+    """A row that another one needs is gone or isn't what was written."""
+
+
 class QueueFull(StoreError):
     """The queue holds as many waiting tasks as it may."""
 

@@ -72,6 +72,21 @@ class StoredObservation:
 
 
 @dataclass(frozen=True)
+class ToolResult:
+    """One call of a conversation: the step that made it, what it asked, and what it saw.
+
+    `hash` names the content of `observation` without its seconds: equal results have one hash.
+    """
+
+    turn_id: str
+    index: int
+    input: str
+    hash: str
+    observation: StoredObservation
+    at: datetime
+
+
+@dataclass(frozen=True)
 class StoredStep:
     """A step as it was appended; logprobs are float32 values."""
 

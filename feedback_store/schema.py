@@ -95,6 +95,17 @@ turns = Table(
     Index(None, "request_id"),
 )
 
+tool_results = Table(  # each result once, named by its content
+    "tool_results",
+    metadata,
+    Column("hash", String(64), primary_key=True),  # see `tool_results.result_hash`
+    Column("tool", CleanText, nullable=False),
+    Column("text", CleanText, nullable=False),
+    Column("error", Boolean, nullable=False),
+    Column("artifact", JSON, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+)
+
 steps = Table(
     "steps",
     metadata,
@@ -110,12 +121,12 @@ steps = Table(
     Column("input", CleanText, nullable=False),
     Column("well_formed", Boolean, nullable=False),
     Column("seconds", Float, nullable=False),
-    Column("tool", CleanText),  # null where no observation followed
-    Column("observation", CleanText),
-    Column("observation_error", Boolean),
-    Column("observation_artifact", JSON(none_as_null=True)),
+    Column("result_hash", String(64), ForeignKey("tool_results.hash")),  # null where no observation followed
+    Column("call_hash", String(64)),  # of the tool and the input: what a result is looked up by
     Column("observation_seconds", Float),
     Column("created_at", UtcTime, nullable=False),
+    Index(None, "call_hash", "created_at"),
+    Index(None, "result_hash"),
 )
 
 runs = Table(

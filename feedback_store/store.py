@@ -15,10 +15,11 @@ from feedback_store.outcomes import Outcomes
 from feedback_store.queue import Queue
 from feedback_store.runs import Runs
 from feedback_store.schema import conversations, outcomes, turns
+from feedback_store.tool_results import ToolResults
 from feedback_store.versions import Versions
 
 
-class Store(Conversations, Outcomes, Queue, Versions, Runs):
+class Store(Conversations, ToolResults, Outcomes, Queue, Versions, Runs):
     """The record of conversations, outcomes, tasks, versions and runs.
 
     Every method is one transaction and blocks; async code calls it through `asyncio.to_thread`. Threads may share
