@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tools.file_rules import (
     BadImage,
@@ -35,7 +36,9 @@ from tools.file_rules import (
     look_of,
     media_type_of,
 )
-from tools.python.backend import File
+
+if TYPE_CHECKING:
+    from tools.python.backend import File
 
 __all__ = ["BadImage", "BadName", "FileInfo", "FileMissing", "WorkspaceError", "WorkspaceFull", "Workspaces"]
 
@@ -89,22 +92,11 @@ class Workspaces:
 
         Raises BadName, also for a name that differs from another file's by case or look alone, and WorkspaceFull.
         """
-        return self.write_all(conversation_id, [File(name, data)])[0]
+        return self._write(conversation_id, [(name, data)])[0]
 
     def write_all(self, conversation_id: str, files: Sequence[File]) -> list[FileInfo]:
         """Keep all of `files`, or none where one has a bad name or there is no room for all. Raises as `write`."""
-        if not files:
-            return []
-        names = [check_name(file.name) for file in files]
-        with self._locked(conversation_id) as top:
-            looks = {look_of(found): found for found, _ in _scan_below(top, "files")}
-            for number, name in enumerate(names):
-                if name in names[:number]:
-                    raise BadName(f"{name!r} is there twice: give each file a name of its own.")
-                if (other := looks.setdefault(look_of(name), name)) != name:
-                    raise BadName(f"{name!r} looks like {other!r}, which is there already: choose another name.")
-            self._make_room(top, "files", {file.name: len(file.data) for file in files})
-            return [_info(file.name, _put(top, "files", file.name, file.data)) for file in files]
+        return self._write(conversation_id, [(file.name, file.data) for file in files]) if files else []
 
     def remove(self, conversation_id: str, name: str) -> None:
         """Raises FileMissing and BadName."""
@@ -140,6 +132,8 @@ class Workspaces:
 
     def load(self, conversation_id: str) -> list[File]:
         """All files with their bytes, as a program gets them. One that vanishes meanwhile is left out."""
+        from tools.python.backend import File  # here: the tools of that package build on this module
+
         loaded = []
         for info in self.files(conversation_id):
             with contextlib.suppress(FileMissing):
@@ -201,6 +195,18 @@ class Workspaces:
                     continue  # forgotten while we waited
                 yield top
                 return
+
+    def _write(self, conversation_id: str, files: Sequence[tuple[str, bytes]]) -> list[FileInfo]:
+        names = [check_name(name) for name, _ in files]
+        with self._locked(conversation_id) as top:
+            looks = {look_of(found): found for found, _ in _scan_below(top, "files")}
+            for number, name in enumerate(names):
+                if name in names[:number]:
+                    raise BadName(f"{name!r} is there twice: give each file a name of its own.")
+                if (other := looks.setdefault(look_of(name), name)) != name:
+                    raise BadName(f"{name!r} looks like {other!r}, which is there already: choose another name.")
+            self._make_room(top, "files", {name: len(data) for name, data in files})
+            return [_info(name, _put(top, "files", name, data)) for name, data in files]
 
     def _make_room(self, top: int, kind: str, sizes: dict[str, int]) -> None:
         """Raises WorkspaceFull where files of these names and sizes can't be kept beside the others."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
-from app.api import chat, errors, feedback
+from app.api import chat, errors, feedback, files
 from app.api.guard import Guard
 from app.service import Service
 from app.settings import Settings
@@ -21,6 +21,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     errors.install(app)
     app.include_router(chat.router(service, settings))
     app.include_router(feedback.router(service))
+    app.include_router(files.router(service))
 
     @app.get("/healthz", summary="200 when the engine and the store answer, else 503 and which doesn't")
     async def healthz() -> JSONResponse:

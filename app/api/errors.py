@@ -15,6 +15,7 @@ from feedback_store import NotFound, StoreError
 from online_rl.verifiers import BadGold, UnknownVerifier
 from serving.engines.base import EngineError, PromptTooLong, UnknownVersion
 from serving.manifest import CorruptVersion
+from tools.workspace import BadName, FileMissing, WorkspaceError, WorkspaceFull
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,12 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error), "invalid_value", "gold")
         case Overloaded():
             return ApiError(429, str(error), "overloaded", headers=_RETRY)
+        case FileMissing():
+            return ApiError(404, str(error), "file_not_found")
+        case BadName():
+            return ApiError(400, str(error), "invalid_name", "files")
+        case WorkspaceFull():
+            return ApiError(413, str(error), "workspace_full", "files")
         case NotFound():
             return ApiError(404, str(error), "not_found")
         case StoreError():
@@ -102,6 +109,7 @@ def install(app: FastAPI) -> None:
         BadGold,
         CorruptVersion,
         Overloaded,
+        WorkspaceError,
         Exception,
     ):
         app.add_exception_handler(kind, handle)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,6 +15,8 @@ from app.settings import Settings
 
 LOCAL_OWNER = "local"
 OPEN_PATHS = frozenset({"/healthz"})
+UPLOAD_PATH = re.compile(r"/v1/conversations/[^/]+/files")
+FORM_BYTES = 1 << 20  # what a form adds to the files in it
 
 
 class Guard:
@@ -20,7 +24,8 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
-        self._max_body_bytes = settings.max_body_bytes
+        self._body = BodyLimit(settings.max_body_bytes, "WHETSTONE_MAX_BODY_BYTES")
+        self._upload = BodyLimit((settings.files_mb << 20) + FORM_BYTES, "WHETSTONE_FILES_MB")
         self._keys = [key.get_secret_value().encode() for key in settings.api_keys]
         self._hosts = {"localhost", "127.0.0.1", "[::1]", settings.host}
 
@@ -31,18 +36,19 @@ class Guard:
         headers = Headers(scope=scope)
         try:
             scope.setdefault("state", {})["owner"] = self._owner(headers, scope["path"])
-            self._check_size(headers)
+            self._limit(scope).check(headers)
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
+        limit = self._limit(scope)
         read = 0
 
         async def receive_within_limit() -> Message:
             nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
-            if read > self._max_body_bytes:  # sent in chunks, with no length up front
-                raise body_too_large(self._max_body_bytes)
+            if read > limit.bytes:  # sent in chunks, with no length up front
+                raise limit.error()
             return message
 
         await self.app(scope, receive_within_limit, send)
@@ -65,19 +71,30 @@ class Guard:
             raise _unauthorized("this API key isn't known: use one from WHETSTONE_API_KEYS.", "invalid_api_key")
         return owner_of(key)
 
-    def _check_size(self, headers: Headers) -> None:
+    def _limit(self, scope: Scope) -> BodyLimit:
+        return self._upload if scope["method"] == "POST" and UPLOAD_PATH.fullmatch(scope["path"]) else self._body
+
+
+@dataclass(frozen=True)
+class BodyLimit:
+    """`bytes` of a body, and the setting that raises it."""
+
+    bytes: int
+    setting: str
+
+    def check(self, headers: Headers) -> None:
         length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > self._max_body_bytes:
-            raise body_too_large(self._max_body_bytes)
+        if length.isdigit() and int(length) > self.bytes:
+            raise self.error()
+
+    def error(self) -> ApiError:
+        message = f"the body is over {self.bytes} bytes: send less, or raise {self.setting}."
+        return ApiError(413, message, "too_large")
 
 
 def owner_of(key: bytes) -> str:
     """The owner's name in the record: it tells keys apart and doesn't give them away."""
     return "key-" + hashlib.sha256(key).hexdigest()[:16]
-
-
-def body_too_large(limit: int) -> ApiError:
-    return ApiError(413, f"the body is over {limit} bytes: send less, or raise WHETSTONE_MAX_BODY_BYTES.", "too_large")
 
 
 def _unauthorized(message: str, code: str | None) -> ApiError:

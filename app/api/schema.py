@@ -128,3 +128,12 @@ class FeedbackRequest(BaseModel):
         if (self.score is None) == (self.gold is None):
             raise ValueError("send either a score, or a verifier and a gold answer that score it")
         return self
+
+
+class ConversationRequest(BaseModel):
+    """The body of POST /v1/conversations, which may be left out: a conversation begins empty."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    items: Annotated[list[Any], Field(max_length=0)] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=0)] | None = None

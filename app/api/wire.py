@@ -6,10 +6,13 @@ The field is what other clients ignore: the version, the ids to send feedback wi
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import Any
 
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from app.artifacts import Left, file_path, files_of, image_path, images_of
+from app.citations import sources_of
 from app.service import Finished, Started
 from feedback_store import Outcome
 from serving.trajectory import (
@@ -38,7 +41,12 @@ def completion(finished: Finished) -> ChatCompletion:
             "choices": [
                 {
                     "index": 0,
-                    "message": {"role": "assistant", "content": trajectory.answer, "refusal": None},
+                    "message": {
+                        "role": "assistant",
+                        "content": trajectory.answer,
+                        "refusal": None,
+                        "annotations": url_citations(finished),
+                    },
                     "logprobs": None,
                     "finish_reason": _FINISH[trajectory.stop_reason],
                 }
@@ -77,7 +85,9 @@ class Chunks:
 
     def last(self, finished: Finished) -> list[ChatCompletionChunk]:
         trajectory = finished.trajectory
-        end = self._chunk({}, _FINISH[trajectory.stop_reason], _ids(finished.started) | summary(finished))
+        cited = url_citations(finished)
+        delta = {"annotations": cited} if cited else {}
+        end = self._chunk(delta, _FINISH[trajectory.stop_reason], _ids(finished.started) | summary(finished))
         if trajectory.answer.strip() and not self._answered:  # an answer that was only clear at the end
             return [self._chunk({"content": trajectory.answer}), end]
         return [end]
@@ -116,12 +126,29 @@ def usage(finished: Finished) -> dict[str, int]:
 
 def summary(finished: Finished) -> dict[str, Any]:
     trajectory, outcome = finished.trajectory, finished.outcome
+    conversation_id = finished.started.conversation_id
     return {
         "stop_reason": trajectory.stop_reason,
         "tool_tokens": len(trajectory.mask) - trajectory.own_tokens,
         "steps": [step_summary(step) for step in trajectory.steps],
         "outcome": outcome_summary(outcome) if outcome else None,
+        "sources": [asdict(source) for source in sources_of(trajectory)],
+        "files": [_left(left, file_path(conversation_id, left.name)) for left in files_of(trajectory)],
+        "images": [_left(left, image_path(conversation_id, left.name)) for left in images_of(trajectory)],
     }
+
+
+def url_citations(finished: Finished) -> list[dict[str, Any]]:
+    """The sources that have an address, as OpenAI tells citations. Which words rest on which isn't known."""
+    end = len(finished.trajectory.answer)
+    return [
+        {
+            "type": "url_citation",
+            "url_citation": {"start_index": end, "end_index": end, "title": source.title, "url": source.url},
+        }
+        for source in sources_of(finished.trajectory)
+        if source.url
+    ]
 
 
 def step_summary(step: Step) -> dict[str, Any]:
@@ -143,6 +170,10 @@ def _ids(started: Started) -> dict[str, Any]:
         "conversation_id": started.conversation_id,
         "version": started.version,
     }
+
+
+def _left(left: Left, path: str) -> dict[str, Any]:
+    return asdict(left) | {"path": f"/v1/{path}"}
 
 
 def _observation(observation: Observation) -> dict[str, Any]:
