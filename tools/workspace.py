@@ -191,10 +191,16 @@ class Workspaces:
                     _sync(self.root)
                     continue
                 fcntl.flock(top, fcntl.LOCK_EX)
-                if os.fstat(top).st_nlink == 0:
+                if not self._is_there(conversation_id, top):
                     continue  # forgotten while we waited
                 yield top
                 return
+
+    def _is_there(self, conversation_id: str, top: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(top), os.stat(self.root / conversation_id, follow_symlinks=False))
+        except FileNotFoundError:
+            return False
 
     def _write(self, conversation_id: str, files: Sequence[tuple[str, bytes]]) -> list[FileInfo]:
         names = [check_name(name) for name, _ in files]
