@@ -1,19 +1,28 @@
 """Search: the live web when there is a network, a local full-text index when there is none."""
 
 from tools.search.backend import BackendUnavailable, SearchBackend, SearchHit
+from tools.search.breaker import Breaker
+from tools.search.ddgs import DdgsBackend
+from tools.search.guarded import GuardedBackend
 from tools.search.index import LocalIndex, build_index
 from tools.search.library import index_folder, open_library
-from tools.search.live import DdgsBackend
+from tools.search.options import SearchOptions, open_search
+from tools.search.searxng import SearxngBackend
 from tools.search.tool import SearchTool
 
 __all__ = [
     "BackendUnavailable",
+    "Breaker",
     "DdgsBackend",
+    "GuardedBackend",
     "LocalIndex",
     "SearchBackend",
     "SearchHit",
+    "SearchOptions",
     "SearchTool",
+    "SearxngBackend",
     "build_index",
     "index_folder",
     "open_library",
+    "open_search",
 ]
