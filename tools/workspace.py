@@ -146,7 +146,8 @@ class Workspaces:
             if top is None:
                 return
             fcntl.flock(top, fcntl.LOCK_EX)
-            shutil.rmtree(self.root / conversation_id)  # keeps to directory descriptors, so no link leads it astray
+            if self._is_there(conversation_id, top):  # else somebody else forgot it while we waited
+                shutil.rmtree(self.root / conversation_id)  # goes by directory descriptors, so no link leads it astray
         _sync(self.root)
 
     # A conversation's folder is opened once and everything else is reached from its descriptor: a folder that is

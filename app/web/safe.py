@@ -31,3 +31,16 @@ def as_code(text: str, language: str = "") -> str:
 
 def _escape(text: str) -> str:
     return html.escape(text, quote=False).replace("![", "!\\[")
+
+
+def as_words(text: str) -> str:
+    """`text` on one line, every character shown as it is: no Markdown, no HTML, no link."""
+    return "".join(
+        character if character.isalnum() or character == " " else f"&#{ord(character)};"
+        for character in " ".join(text.split())
+    )
+
+
+def as_link(text: str, url: str) -> str:
+    """A link that shows `text` as it is. `url` is one of our own, or has passed `app.citations.web_address`."""
+    return f"[{as_words(text)}](<{url}>)"
