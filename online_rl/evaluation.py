@@ -9,8 +9,12 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from feedback_store import Store
 from online_rl import verifiers
 from online_rl.gate import ItemResult
+from online_rl.recipe import ToolResults
+from online_rl.replay import PerTask, Replay, real_name
+from online_rl.result_record import ResultRecord
 from online_rl.tasks.base import Task
 from serving.agent import Agent, CallTool
 from serving.engines.base import Sampling
@@ -18,17 +22,38 @@ from serving.trajectory import Observation, Trajectory
 
 
 class Recorded:
-    """A tool call that gives the same result for the same input, whoever asks and however often."""
+    """Tool calls that give a task the same result for the same input, whichever version asks and however often.
 
-    def __init__(self, call: CallTool) -> None:
-        self._call = call
-        self._results: dict[tuple[str, str], asyncio.Future[Observation]] = {}
+    Results of tools that reach outside are also the same for every task. With a `record` that has a file, they are
+    still the same when the evaluation is made again after a kill, or later. See `Replay` for `mode` and `store`.
+    """
 
-    async def __call__(self, tool: str, text: str) -> Observation:
-        key = (tool, text)
-        if key not in self._results:
-            self._results[key] = asyncio.ensure_future(self._call(tool, text))
-        return await asyncio.shield(self._results[key])
+    def __init__(
+        self,
+        call: CallTool,
+        record: ResultRecord | None = None,
+        mode: ToolResults = "live",
+        store: Store | None = None,
+    ) -> None:
+        self._record = ResultRecord() if record is None else record
+        self._replay = Replay(call, mode, store, self._record)
+        self._locks: dict[tuple[str, str], asyncio.Lock] = {}
+
+    @property
+    def misses(self) -> int:
+        """Calls that no recorded result was found for, in mode `recorded`."""
+        return self._replay.misses
+
+    def of(self, task: Task) -> CallTool:
+        call = self._replay.of(task)
+
+        async def recorded(tool: str, text: str) -> Observation:
+            async with self._locks.setdefault((tool, text), asyncio.Lock()):  # who asks meanwhile waits for the first
+                name = real_name(tool, text)
+                seen = self._record.own(task.id, name, text)
+                return seen or self._record.keep(task.id, name, text, await call(tool, text))
+
+        return recorded
 
 
 def judge(task: Task, trajectory: Trajectory) -> ItemResult:
@@ -50,7 +75,7 @@ async def evaluate(
     agent: Agent,
     version: str,
     sampling: Sampling,
-    call: CallTool | None = None,
+    call: CallTool | PerTask | None = None,
     concurrency: int = 16,
     on_item: Callable[[int, int], None] = lambda done, of: None,
 ) -> tuple[list[ItemResult], list[Trajectory]]:
@@ -62,7 +87,8 @@ async def evaluate(
         nonlocal done
         async with slots:
             seed = None if sampling.seed is None else sampling.seed + 1000 * index
-            trajectory = await agent.roll_out(task.messages, version, replace(sampling, seed=seed), call)
+            its_call = call.of(task) if isinstance(call, PerTask) else call
+            trajectory = await agent.roll_out(task.messages, version, replace(sampling, seed=seed), its_call)
         done += 1
         on_item(done, len(tasks))
         return judge(task, trajectory), trajectory

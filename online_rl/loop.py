@@ -29,7 +29,9 @@ from online_rl.evaluation import Recorded, evaluate
 from online_rl.gate import Decision, GateConfig, ItemResult, decide
 from online_rl.memory import keep_freed_memory, return_freed_memory
 from online_rl.recipe import Recipe
+from online_rl.replay import Replay, keeping
 from online_rl.report import write_report
+from online_rl.result_record import EVALUATION, ROLLOUTS, ResultRecord
 from online_rl.rewards import RewardConfig, score_group
 from online_rl.rollouts import GroupReplay, Progress
 from online_rl.step_metrics import Metrics
@@ -130,6 +132,7 @@ class _Run:
         )
         self.agent = Agent(self.engine, TapoDialect(base.tokenizer), tools, limits)
         self.seconds: dict[str, float] = {}
+        self._open = contextlib.ExitStack()
         self.sampled: str | None = None  # the engine's name of the weights that rollouts come from
 
     async def go(self) -> RunResult:
@@ -157,6 +160,7 @@ class _Run:
             self._journal("gate", promote=decision.promote, reasons=decision.reasons)
             return self._publish(tasks, metrics, decision, examples)
         finally:
+            self._open.close()
             await self.engine.close()
 
     # -- stages
@@ -234,11 +238,14 @@ class _Run:
         keep_freed_memory()
         parent = Path(self.store.version(self.parent).path)
         model = await asyncio.to_thread(load_adapter, self.base, parent, "float32")
-        call = GroupReplay(self.agent.run_tool)
+        seen = self._results(ROLLOUTS)
+        mode = self.recipe.tool_results
+        replay = Replay(self.agent.run_tool, mode, self.store, None if mode == "live" else seen)
         sampling = Sampling(temperature=self.recipe.temperature, max_tokens=self.recipe.max_response_tokens)
 
         async def rollout(task: Task, seed: int) -> Trajectory:
             assert self.sampled is not None, "sync comes before the first rollout"
+            call = GroupReplay(keeping(replay.of(task), seen, task))
             return await self.agent.roll_out(
                 task.messages, self.sampled, Sampling(sampling.temperature, 1.0, sampling.max_tokens, seed), call
             )
@@ -294,7 +301,8 @@ class _Run:
             self._journal("evaluate", tasks=len(tasks))
             if self.sampled is not None:
                 await self.engine.unload(self.sampled)
-            call = Recorded(self.agent.run_tool)
+            seen = self._results(EVALUATION)  # after a kill: the results that were seen before it
+            call = Recorded(self.agent.run_tool, seen, self.recipe.tool_results, self.store)
             sides = []
             for version, path in (
                 (self.parent, Path(self.store.version(self.parent).path)),
@@ -381,6 +389,11 @@ class _Run:
         report = {"run": self.id, "status": "ended", "reasons": [reason], "seconds": self.seconds}
         self.store.finish_run(self.id, "ended", report)
         return RunResult(self.id, "ended", None, [reason], self.folder, report)
+
+    def _results(self, name: str) -> ResultRecord:
+        record = ResultRecord(self.folder / name)
+        self._open.callback(record.close)
+        return record
 
     def _journal(self, stage: str, **detail: Any) -> None:
         self.store.set_stage(self.id, stage, detail)

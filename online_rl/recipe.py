@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 RECIPES = Path(__file__).parent / "recipes"
+ToolResults = Literal["live", "recorded_first", "recorded"]
 
 
 class RecipeError(ValueError):
@@ -40,6 +41,11 @@ class Recipe(BaseModel):
     max_response_tokens: int = Field(512, ge=1, description="own tokens in one answer")
     max_observation_tokens: int = Field(256, ge=1, description="tokens of one tool result")
     rollout_timeout_s: float = Field(120, gt=0)
+    tool_results: ToolResults = Field(
+        "live",
+        description="where results of tools other than Python come from: the tools, the record and then the tools, or "
+        "the record alone, with no network",
+    )
 
     # -- reward
     overlong_buffer: int = Field(128, ge=0, description="own tokens before the limit in which the reward falls")

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from online_rl.recipe import Recipe
+from online_rl.replay import INSIDE, real_name
 from online_rl.rewards import RewardTerms
 from online_rl.tasks.base import Task
 from serving.trajectory import Trajectory
@@ -42,17 +43,18 @@ class GroupReplay:
     """A tool call that gives every rollout of a group the same result for the same input.
 
     Else a rollout could be rewarded for its luck with the search engine. The first call is made and recorded, later
-    ones (and those made while it is under way) are answered from the record; a call that raises isn't recorded. Only
-    `tools` are replayed, since a sandbox may hold state. Outside `roll_out` every call goes through.
+    ones (and those made while it is under way) are answered from the record; a call that raises isn't recorded.
+    Tools named in `inside` aren't replayed: nothing outside changes what they give. Outside `roll_out` every call goes
+    through.
     """
 
-    def __init__(self, call: ToolCall, tools: Collection[str] = ("search",)) -> None:
+    def __init__(self, call: ToolCall, inside: Collection[str] = INSIDE) -> None:
         self._call = call
-        self._tools = frozenset(tools)
+        self._inside = frozenset(inside)
 
     async def __call__(self, tool: str, input: str) -> Any:
         record = _record.get()
-        if record is None or tool not in self._tools:
+        if record is None or real_name(tool, input) in self._inside:
             return await self._call(tool, input)
         lock = record.locks.setdefault((tool, input), asyncio.Lock())
         async with lock:

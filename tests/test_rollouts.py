@@ -198,7 +198,7 @@ async def test_a_group_sees_one_result_per_query_and_the_next_group_asks_anew():
     assert await call("search", "capital of France") == "result 3"  # outside a group nothing is replayed
 
 
-async def test_only_the_named_tools_are_replayed_and_failures_are_not():
+async def test_only_tools_that_reach_outside_are_replayed_and_failures_are_not():
     asked: list[str] = []
 
     async def tool(name: str, input: str) -> str:
@@ -207,16 +207,19 @@ async def test_only_the_named_tools_are_replayed_and_failures_are_not():
             raise TimeoutError("search took too long")
         return "result"
 
-    call = GroupReplay(tool, tools={"search"})
+    call = GroupReplay(tool)
 
     async def rollout(task: Task, seed: int) -> Trajectory:
         await call("search", "q")
         await call("code", "print(1)")
+        await call("weather", "{}")
+        await call("call", '{"name": "code", "arguments": {}}')
         return spoken([1], [1], [-0.1])
 
     await roll_out(TASKS[0], 3, rollout, seed=0, slots=asyncio.Semaphore(1))
     assert asked.count("search") == 2  # the one that raised, and the one that all three share
-    assert asked.count("code") == 3
+    assert asked.count("weather") == 1  # a tool of one's own
+    assert asked.count("code") == asked.count("call") == 3
 
 
 def test_a_task_stream_goes_on_where_it_was_left():

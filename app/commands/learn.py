@@ -120,6 +120,7 @@ def evaluate(
     items: Annotated[int, typer.Option(min=1, help="Held-out tasks of each kind.")] = 50,
     kind: Annotated[list[str] | None, typer.Option(help="arithmetic, lookup, mixed or plain; repeat for more.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, max=2, help="Default: the one in service.")] = None,
+    replay: Annotated[str | None, typer.Option(metavar="RUN", help="On this run's tool results alone.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a version on held-out generated tasks, with the agent and the tools that serve."""
@@ -128,8 +129,10 @@ def evaluate(
     settings = console.settings()
     from app.record import open_store
     from feedback_store import NotFound, StoreError
+    from online_rl.evaluation import Recorded
     from online_rl.evaluation import evaluate as measure
     from online_rl.gate import behaviour, wilson
+    from online_rl.result_record import EVALUATION, DamagedResults, ResultRecord
     from online_rl.tasks.generated import KINDS, generate
     from serving.agent import Agent, Limits
     from serving.dialects.tapo import TapoDialect
@@ -145,16 +148,20 @@ def evaluate(
     async def go(base: BaseModel, version: str, path: Path, listen: Callable[[str, int, int, str], None]) -> Any:
         engine = LlamaCppEngine(base, slots=16, context=1536)
         agent = Agent(engine, TapoDialect(base.tokenizer), _tools(settings, ("local",)), Limits(settings.max_turns))
+        call = None if seen is None else Recorded(agent.run_tool, seen, "recorded")
         await engine.load(version, path)
         try:
             return await measure(
-                tasks, agent, version, Sampling(chosen, max_tokens=256, seed=1),
+                tasks, agent, version, Sampling(chosen, max_tokens=256, seed=1), call,
                 on_item=lambda done, of: listen("evaluate", done, of, version),
             )  # fmt: skip
         finally:
+            if call is not None and call.misses:
+                console.err.print(f"{call.misses} tool calls had no result in {replay}: the model was told so.")
             await engine.close()
 
     try:
+        seen = ResultRecord(settings.home / "runs" / replay / EVALUATION, write=False) if replay else None
         tasks = [
             task
             for name in kinds
@@ -167,7 +174,7 @@ def evaluate(
             results, _ = asyncio.run(go(base, name, Path(store.version(name).path), listen))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-    except (NotFound, StoreError, EngineError, OSError, ValueError) as error:
+    except (NotFound, StoreError, EngineError, DamagedResults, OSError, ValueError) as error:
         raise console.fail(str(error)) from None
     rows = []
     for slice_ in ["overall", *kinds]:
