@@ -1,6 +1,7 @@
-"""Python for the policy: a fresh sandboxed interpreter for every call, and the tool that wraps it."""
+"""Python for the policy: sandboxed interpreters, and the tool that wraps them."""
 
-from tools.python.sandbox import Limits, PythonResult, SandboxUnavailable, run_python
+from tools.python.backend import File, Limits, PythonBackend, PythonResult, SandboxUnavailable
+from tools.python.sandbox import Bubblewrap
 from tools.python.tool import PythonTool
 
-__all__ = ["Limits", "PythonResult", "PythonTool", "SandboxUnavailable", "run_python"]
+__all__ = ["Bubblewrap", "File", "Limits", "PythonBackend", "PythonResult", "PythonTool", "SandboxUnavailable"]

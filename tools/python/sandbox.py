@@ -1,256 +1,175 @@
-"""Run one Python program in a sandbox of its own: `await run_python("2 + 2")`.
+"""The backend "bubblewrap": `await Bubblewrap().run("2 + 2")`.
 
-Covered, by bubblewrap's namespaces, a system call filter and limits:
-- files: a view of its own with the interpreter's library and the system's shared libraries, read-only, and a small
-  private /tmp; no /etc, no home, no /proc, no repository, no environment, no inherited file descriptor
+Covered, by bubblewrap and by namespaces, a system call filter and limits of each interpreter's own:
+- files: a view with the interpreter's library, the chosen packages and the system's shared libraries, read-only; a
+  private /tmp and a private working folder /mnt/data, both in memory and of limited size; no /etc, no home, no /proc,
+  no repository, no environment of the server's, none of its file descriptors
 - network: a network namespace without interfaces, and no sockets at all
-- other processes: process, IPC and user namespaces; no fork, so the limits of one process are the program's
-- time, CPU, address space, threads, open files, file size, /tmp size and output; past one, the program is stopped
-- state: a fresh process for every call, gone with its parent
+- other processes: user, process, mount, IPC and UTS namespaces of an interpreter's own; no fork and no exec, so the
+  limits of one process are the program's
+- rights: no capability, no way to a new one; nobody inside, and outside too when the server is root
+- time, CPU, address space, threads, open files, file size, folder size, output and results; past one, the program is
+  stopped. Where the machine has cgroups that the server may use, all programs together have a bound as well
+- state: an interpreter serves one program, or the programs of one conversation, and is then ended; all are gone with
+  the server
 Not covered:
-- a hole in the kernel: this isn't a virtual machine. The filter closes the doors that such holes are found behind
-- a share of the machine: there is no cgroup. A program may use its memory, its /tmp, the kernel's memory for as many
-  files as it can make in its seconds, and one core, at the same time as others up to the bound on concurrent calls
+- a hole in the kernel: this isn't a virtual machine. The filter closes the doors that such holes are found behind;
+  docs/sandbox.md names backends that put more between
+- without a cgroup, a share of the machine: a program may use its memory, its folders, the kernel's memory for as many
+  files as they hold, and one core, at the same time as others up to `running`
+- what forked processes share: interpreters of one server have the same memory layout and the same string hashes, so
+  what one program learns of them holds for the next
 - timing and other side channels
-- started by root, the uid inside is unprivileged and has no capability, yet outside it is root's: prefer a service user
-- `unsafe_without_sandbox`: only the limits, an empty environment and a folder of its own; it reads what you can read
+- in the mode "cold" (bubblewrap without nested user namespaces) interpreters share no zygote: a call starts Python and
+  imports what it needs. In user namespace mode, a server that is root stays root outside: `doctor` names the mode
+- `unsafe_without_sandbox` where bubblewrap doesn't work: only limits and an empty environment; it reads what you can
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import shutil
-import signal
-import sys
-import tempfile
+import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from weakref import WeakKeyDictionary
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
-from tools.python import seccomp
+from tools.python.backend import File, Limits, PythonResult, SandboxUnavailable
+from tools.python.interpreter import Cancelled, Interpreter, Job
+from tools.python.packages import modules, top_levels
+from tools.python.pool import WarmPool
+from tools.python.spawn import spawners
 
-_RUNNER = (Path(__file__).parent / "runner.py").read_text(encoding="utf-8")
-_PYTHON = os.path.realpath(sys.executable)
-_PYTHON_FLAGS = ("-I", "-S", "-B", "-u", "-X", "utf8")
-_MAX_CONCURRENT = (os.cpu_count() or 1) * 2
-_NOBODY = "65534"
-_WAY_OUT = (
-    "Install bubblewrap 0.8 or newer (apt install bubblewrap, dnf install bubblewrap) and allow user namespaces, "
-    "or accept the risk with the option unsafe_without_sandbox."
-)
-
-_REAP_S = 5.0
+DEFAULT_PACKAGES = ("numpy", "scipy", "sympy", "pandas", "matplotlib")
+_POLL_S = 0.05
 
 
-class SandboxUnavailable(RuntimeError):
-    """There is no working bubblewrap here. The message says why and the way out."""
+@dataclass
+class _Session:
+    """An interpreter that is kept for one conversation, one program at a time."""
+
+    turn: threading.Lock = field(default_factory=threading.Lock)
+    interpreter: Interpreter | None = None
+    used_at: float = field(default_factory=time.monotonic)
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What one program may use. Sizes in bytes, times in seconds; `threads` counts the main one."""
+class Bubblewrap:
+    """See `PythonBackend`. At most `running` programs at once, of which the others wait, not on their clock.
 
-    wall_s: float = 8.0
-    cpu_s: int = 5
-    memory_bytes: int = 512 << 20
-    tmp_bytes: int = 32 << 20
-    file_bytes: int = 16 << 20
-    open_files: int = 64
-    threads: int = 16
-    output_bytes: int = 16 << 10
-    code_bytes: int = 100_000
-
-
-@dataclass(frozen=True)
-class PythonResult:
-    """`text` is stdout and stderr in the order written. `exit_code` is 128 + n after signal n, as in a shell."""
-
-    text: str
-    exit_code: int
-    timed_out: bool
-    truncated: bool
-    seconds: float
-
-
-async def run_python(code: str, limits: Limits = Limits(), *, unsafe_without_sandbox: bool = False) -> PythonResult:
-    """Run `code` in a fresh interpreter. Raises SandboxUnavailable; all that the code does wrong is in the result.
-
-    Cancelling the call kills the program. At most twice the CPU count run at once; the others wait their turn,
-    which isn't on their clock.
+    `idle`: interpreters that wait, started. `sessions`: interpreters that are kept with a conversation's state; the
+    longest unused is ended for a new one, and each after `session_idle_s` seconds. `total_memory` bounds all programs
+    together, in bytes, where the machine has cgroups.
     """
-    source = code.encode("utf-8", "replace")
-    if len(source) > limits.code_bytes:
-        text = f"The program is {len(source)} bytes long; at most {limits.code_bytes} are run."
-        return PythonResult(text, exit_code=1, timed_out=False, truncated=False, seconds=0.0)
-    bwrap = shutil.which("bwrap")
-    if not unsafe_without_sandbox:
-        await _require(bwrap)
-    async with _turn():
-        if bwrap is None or not await _works(bwrap):
-            with tempfile.TemporaryDirectory(prefix="whetstone-", ignore_cleanup_errors=True) as folder:
-                command = [_PYTHON, *_runner(limits, sandboxed=False)]
-                return await _run(command, source, limits, cwd=folder)
-        with _filter() as filter_fd:
-            command = [*_wrap(bwrap, limits.tmp_bytes, filter_fd), *_runner(limits, sandboxed=True)]
-            return await _run(command, source, limits, cwd="/", pass_fds=(filter_fd,))
 
+    name = "bubblewrap"
 
-_turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
+    def __init__(
+        self,
+        limits: Limits | None = None,
+        packages: Sequence[str] = DEFAULT_PACKAGES,
+        *,
+        idle: int = 4,
+        running: int = 16,
+        sessions: int = 16,
+        session_idle_s: float = 900.0,
+        unsafe_without_sandbox: bool = False,
+    ) -> None:
+        self.limits = limits or Limits()
+        found, why_not = spawners(self.limits, top_levels(packages), modules(packages), unsafe=unsafe_without_sandbox)
+        self._pool = WarmPool(found, idle, why_not)
+        self._threads = ThreadPoolExecutor(running, "python")
+        self._most_sessions, self._session_idle_s = sessions, session_idle_s
+        self._sessions: OrderedDict[str, _Session] = OrderedDict()
+        self._lock = threading.Lock()
 
+    @property
+    def mode(self) -> str | None:
+        """How interpreters are started here: "warm, as nobody", "warm", "cold", "without a sandbox"; None: none yet."""
+        return self._pool.mode
 
-def _turn() -> asyncio.Semaphore:
-    """A semaphore serves one event loop only, so each loop has one."""
-    return _turns.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(_MAX_CONCURRENT))
+    def warm(self) -> None:
+        """Begin to start interpreters, so that the first program needn't wait."""
+        self._pool.warm()
 
+    async def run(self, code: str, files: Sequence[File] = (), session: str | None = None) -> PythonResult:
+        source = code.encode("utf-8", "replace")
+        if len(source) > self.limits.code_bytes:
+            text = f"The program is {len(source)} bytes long; at most {self.limits.code_bytes} are run."
+            return PythonResult(text, exit_code=1, timed_out=False, truncated=False, seconds=0.0)
+        job = Job()
+        running = asyncio.get_running_loop().run_in_executor(self._threads, self._run, source, files, session, job)
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            job.cancel()
+            with contextlib.suppress(Cancelled, SandboxUnavailable):
+                await running
+            raise
 
-_working: set[str] = set()  # bubblewraps that ran a program; failures are tried again, they may have been mended
-_failures: dict[str, str] = {}
+    async def check(self) -> None:
+        result = await self.run("print('ready')")
+        if result.text != "ready\n":
+            raise SandboxUnavailable(f"The Python sandbox answers {result.text[:300]!r} to a trivial program.")
 
+    def close(self) -> None:
+        with self._lock:
+            kept = [session.interpreter for session in self._sessions.values() if session.interpreter]
+            self._sessions.clear()
+        for interpreter in kept:
+            self._pool.discard(interpreter)
+        self._pool.close()
 
-async def _works(bwrap: str) -> bool:
-    """Can this bubblewrap start Python here? Containers and some distributions forbid user namespaces."""
-    if bwrap in _working:
-        return True
-    if not seccomp.supported():
-        _failures[bwrap] = f"there is no system call filter for the machine {os.uname().machine}"
-        return False
-    limits = Limits(wall_s=60.0)  # a machine busy with training starts slowly, and that is no fault
-    with _filter() as filter_fd:
-        command = [*_wrap(bwrap, limits.tmp_bytes, filter_fd), *_runner(limits, sandboxed=True)]
-        result = await _run(command, b"print('ready')", limits, cwd="/", pass_fds=(filter_fd,))
-    if result.text == "ready\n":
-        _working.add(bwrap)
-        return True
-    _failures[bwrap] = f"{bwrap} failed to start Python: {result.text.strip() or f'exit code {result.exit_code}'}"
-    return False
+    def _run(self, source: bytes, files: Sequence[File], session: str | None, job: Job) -> PythonResult:
+        if job.cancelled:
+            raise Cancelled
+        self._expire()
+        if session is None:
+            interpreter = self._pool.take(job)
+            try:
+                return interpreter.run(source, files, self.limits, job, last=True)
+            finally:
+                self._pool.discard(interpreter)
+        with self._turn(session, job) as kept:
+            if kept.interpreter is None:
+                kept.interpreter = self._pool.take(job)
+            interpreter = kept.interpreter
+            try:
+                return interpreter.run(source, files, self.limits, job, last=False)
+            finally:
+                kept.used_at = time.monotonic()
+                if not interpreter.alive:
+                    kept.interpreter = None
+                    self._pool.discard(interpreter)
 
+    @contextlib.contextmanager
+    def _turn(self, name: str, job: Job) -> Iterator[_Session]:
+        while True:
+            with self._lock:
+                kept = self._sessions.setdefault(name, _Session())
+                self._sessions.move_to_end(name)
+            if kept.turn.acquire(timeout=_POLL_S):
+                if self._sessions.get(name) is kept:  # it hasn't expired meanwhile
+                    break
+                kept.turn.release()
+            if job.cancelled:
+                raise Cancelled
+        try:
+            yield kept
+        finally:
+            kept.turn.release()
 
-async def _require(bwrap: str | None) -> None:
-    if bwrap is None:
-        raise SandboxUnavailable(f"The Python sandbox needs the program bwrap, which isn't installed. {_WAY_OUT}")
-    if not await _works(bwrap):
-        raise SandboxUnavailable(f"The Python sandbox doesn't work here: {_failures[bwrap]}. {_WAY_OUT}")
-
-
-def _runner(limits: Limits, *, sandboxed: bool) -> list[str]:
-    threads = limits.threads + 1 if sandboxed else 0  # bubblewrap's own first process counts too
-    numbers = (limits.cpu_s, limits.memory_bytes, threads, limits.file_bytes, limits.open_files)
-    return [*_PYTHON_FLAGS, "-c", _RUNNER, *map(str, numbers)]
-
-
-def _wrap(bwrap: str, tmp_bytes: int, filter_fd: int) -> list[str]:
-    """The command that opens the sandbox, up to and including the interpreter.
-
-    The interpreter lies under /python inside, wherever it is outside: its path may name a person's home.
-    """
-    base = Path(sys.base_prefix)
-    library = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
-    command = [bwrap, "--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
-    command += ["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--hostname", "sandbox"]
-    command += ["--uid", _NOBODY, "--gid", _NOBODY, "--cap-drop", "ALL", "--seccomp", str(filter_fd)]
-    command += ["--clearenv", "--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8"]
-    command += ["--setenv", "LD_LIBRARY_PATH", "/python/lib"]
-    for folder in ("lib", "lib64", "lib32"):
-        command += ["--ro-bind-try", f"/usr/{folder}", f"/usr/{folder}"]
-        if os.path.islink(f"/{folder}"):
-            command += ["--symlink", f"usr/{folder}", f"/{folder}"]
-        else:
-            command += ["--ro-bind-try", f"/{folder}", f"/{folder}"]
-    command += ["--ro-bind-try", "/usr/share/zoneinfo", "/usr/share/zoneinfo"]
-    command += ["--ro-bind", str(base / "lib"), "/python/lib"]
-    command += ["--ro-bind-try", str(base / "lib64"), "/python/lib64"]
-    command += ["--ro-bind", _PYTHON, "/python/bin/python"]
-    if (base / library).is_dir():
-        command += ["--tmpfs", f"/python/{library}", "--remount-ro", f"/python/{library}"]
-    for device in ("null", "zero", "random", "urandom"):
-        command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
-    command += ["--size", str(tmp_bytes), "--tmpfs", "/dev/shm"]
-    command += ["--size", str(tmp_bytes), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"]
-    return [*command, "--", "/python/bin/python"]
-
-
-@contextlib.contextmanager
-def _filter() -> Iterator[int]:
-    """A descriptor that bubblewrap reads the system call filter from; one a call, as reading moves its position."""
-    fd = os.memfd_create("seccomp")
-    try:
-        os.write(fd, seccomp.program())
-        os.lseek(fd, 0, os.SEEK_SET)
-        yield fd
-    finally:
-        os.close(fd)
-
-
-async def _run(
-    command: list[str], source: bytes, limits: Limits, *, cwd: str, pass_fds: tuple[int, ...] = ()
-) -> PythonResult:
-    """Feed `source` to the command and read its output, until it ends or passes a limit."""
-    began = time.monotonic()
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        cwd=cwd,
-        env={},
-        start_new_session=True,
-        pass_fds=pass_fds,
-    )
-    output = bytearray()
-    timed_out = truncated = False
-    try:
-        async with asyncio.timeout(limits.wall_s):
-            truncated = await _converse(process, source, output, limits.output_bytes)
-            if not truncated:
-                await process.wait()
-    except TimeoutError:
-        timed_out = True
-    finally:
-        _kill(process)
-        await asyncio.shield(_reap(process))
-    status = process.returncode or 0
-    exit_code = 128 - status if status < 0 else status
-    timed_out = timed_out or (exit_code == 128 + signal.SIGXCPU and not truncated)
-    text = output.decode("utf-8", "replace")
-    return PythonResult(text, exit_code, timed_out, truncated, time.monotonic() - began)
-
-
-async def _converse(process: asyncio.subprocess.Process, source: bytes, output: bytearray, cap: int) -> bool:
-    """Write the program, read what it prints into `output`, at most `cap` bytes. True if there was more."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # died before it read: the exit code tells
-        process.stdin.write(source)
-        await process.stdin.drain()
-        process.stdin.close()
-    while chunk := await process.stdout.read(1 << 16):
-        output += chunk[: cap - len(output) + 1]
-        if len(output) > cap:
-            del output[cap:]
-            return True
-    return False
-
-
-async def _reap(process: asyncio.subprocess.Process) -> None:
-    """Wait for the end of a process that has ended or been killed.
-
-    asyncio tells of it only once the output is read to its end, and it stops reading while much is unread. Without a
-    sandbox a program's child may hold the output open: it isn't waited for.
-    """
-    assert process.stdout is not None
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_REAP_S):
-            while await process.stdout.read(1 << 16):
-                pass
-            await process.wait()
-
-
-def _kill(process: asyncio.subprocess.Process) -> None:
-    """Kill the process and its group; bubblewrap's children die with it, whatever group they chose."""
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    def _expire(self) -> None:
+        """End what was kept too long, and the longest unused of what is too many."""
+        limit = time.monotonic() - self._session_idle_s
+        with self._lock:
+            excess = len(self._sessions) - self._most_sessions
+            for name, kept in list(self._sessions.items()):
+                if (kept.used_at < limit or excess > 0) and kept.turn.acquire(blocking=False):
+                    excess -= 1
+                    del self._sessions[name]
+                    if kept.interpreter is not None:
+                        self._pool.discard(kept.interpreter)
+                        kept.interpreter = None
+                    kept.turn.release()

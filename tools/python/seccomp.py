@@ -63,10 +63,14 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "swapon": (167, 224),
     "reboot": (169, 142),
     "kexec_load": (246, 104),
+    "kcmp": (312, 272),
+    "fanotify_init": (300, 262),
+    "modify_ldt": (154, None),
     "init_module": (175, 105),
     "finit_module": (313, 273),
     "delete_module": (176, 106),
 }
+_EXEC = ((59, 221), (322, 281))  # execve, execveat
 _CLONE, _CLONE3 = (56, 220), (435, 435)
 _AUDIT_ARCH = (0xC000003E, 0xC00000B7)
 _MACHINES = {"x86_64": 0, "aarch64": 1, "arm64": 1}
@@ -83,14 +87,17 @@ def supported(machine: str | None = None) -> bool:
     return (machine or platform.machine()) in _MACHINES
 
 
-def program(machine: str | None = None) -> bytes:
-    """The filter as an array of `struct sock_filter`. KeyError for a machine that isn't `supported`."""
+def program(machine: str | None = None, *, allow_exec: bool = True) -> bytes:
+    """The filter as an array of `struct sock_filter`. KeyError for a machine that isn't `supported`.
+
+    Without `allow_exec` no program can be executed: only for a filter that is loaded when the interpreter runs.
+    """
     column = _MACHINES[machine or platform.machine()]
     deny = _op(_RETURN, _ERRNO | errno.EPERM)
     code = [_op(_LOAD, _ARCH), _op(_EQUAL, _AUDIT_ARCH[column], yes=1), _op(_RETURN, _KILL), _op(_LOAD, _NR)]
     if column == 0:
         code += [_op(_AT_LEAST, _X32_BIT, no=1), deny]
-    for numbers in _DENIED.values():
+    for numbers in (*_DENIED.values(), *(() if allow_exec else _EXEC)):
         number = numbers[column]
         if number is not None:
             code += [_op(_EQUAL, number, no=1), deny]

@@ -1,0 +1,79 @@
+"""An interpreter at work: takes programs from its control socket, runs them, and sends back what they made."""
+
+import os
+import resource
+import socket
+import stat
+import sys
+
+from . import cell, frames
+
+State = dict[str, tuple[int, int, int]]  # of a file: inode, size, time of change
+
+
+def serve(control: socket.socket, folder: str, cpu_s: int, most_files: int, most_bytes: int, most_images: int) -> None:
+    """Run programs until the server hangs up. `folder` is where their files lie."""
+    main = sys.modules["__main__"] = type(sys)("__main__")  # dataclasses and pickle look names up there
+    sys.argv[:] = [""]
+    sys.set_int_max_str_digits(0)  # time is limited already, and 2**20000 is a fair question
+    os.chdir(folder)
+    while True:
+        message = frames.receive(control)
+        if message is None:
+            os._exit(0)
+        header, (source, *contents) = message
+        for name, data in zip(header["files"], contents, strict=True):
+            with open(os.path.join(folder, name), "wb") as file:
+                file.write(data)
+        before = _state(folder)
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        soft = int(used.ru_utime + used.ru_stime) + cpu_s
+        hard = soft + 1 if header["last"] else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
+        code = cell.run(source, main.__dict__)
+        images: list[bytes] = []
+        try:
+            images = cell.figures(most_images)
+        except BaseException as error:  # a figure whose text can't be set, or that is too large
+            cell.report(error, source)
+            code = code or 1
+        names, made = _changed(folder, before, most_files, most_bytes)
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except BaseException:  # the program put something else in their place
+            code = code or 1
+        reply = {"exit_code": code, "files": names, "images": len(images)}
+        for part in frames.pack(reply, [*made, *images]):
+            control.sendall(part)
+
+
+def _state(folder: str) -> State:
+    found = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            status = entry.stat(follow_symlinks=False)
+            if stat.S_ISREG(status.st_mode):
+                found[entry.name] = (status.st_ino, status.st_size, status.st_mtime_ns)
+    return found
+
+
+def _changed(folder: str, before: State, most_files: int, most_bytes: int) -> tuple[list[str], list[bytes]]:
+    """Names and contents of new and changed files, of the folder itself and not of folders below it."""
+    names: list[str] = []
+    made: list[bytes] = []
+    left = most_bytes
+    for name, (inode, size, when) in sorted(_state(folder).items()):
+        if before.get(name) == (inode, size, when) or size > left or len(names) == most_files or name[0] == ".":
+            continue
+        try:
+            name.encode()
+            with open(os.path.join(folder, name), "rb") as file:
+                data = file.read(left + 1)
+        except (OSError, UnicodeError):
+            continue
+        if len(data) <= left:
+            names.append(name)
+            made.append(data)
+            left -= len(data)
+    return names, made

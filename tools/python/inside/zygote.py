@@ -1,0 +1,228 @@
+"""The first process of the sandbox: imports the libraries once, then forks an interpreter for each request.
+
+Each interpreter has user, process, mount, IPC, UTS and network namespaces of its own, folders of its own, no
+capability, a system call filter and limits, all before it sees a program. The zygote itself never runs one. Forking
+costs milliseconds where starting Python and importing the libraries costs seconds.
+"""
+
+import base64
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+from typing import Any
+
+from . import interpreter
+
+_NAMESPACES = 0x10000000 | 0x20000000 | 0x00020000 | 0x08000000 | 0x04000000 | 0x40000000  # user pid mnt ipc uts net
+_NOSUID, _NODEV, _NOEXEC, _RDONLY = 2, 4, 8, 1
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
+_SECCOMP_MODE_FILTER = 2
+_LINUX_CAPABILITY_VERSION_3 = 0x20080522
+_CLONE = {"x86_64": 56, "aarch64": 220}
+_CLONE_PIDFD = 0x00001000
+_raw = ctypes.PyDLL(None, use_errno=True)  # keeps the interpreter's lock: a clone has none of the threads that wait
+
+
+def main() -> None:
+    """Arguments: the mode ("fork" or "single"), the control descriptor, and the settings as JSON."""
+    mode, descriptor, settings = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+    control = socket.socket(fileno=descriptor)
+    sys.path += settings["path"]
+    if mode == "single":
+        _raw.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        _limit(settings, settings["memory"])
+        _open_output(settings["output"])
+        control.sendall(b"r")
+        _serve(control, settings)
+    if settings["drop_to"]:
+        _drop(settings["drop_to"])
+    _import(settings["packages"])
+    gc.collect()
+    gc.freeze()  # what is shared stays shared: no fork writes to its reference counts
+    settings |= {"user": os.getuid(), "group": os.getgid()}  # within the namespaces to come they are unknown
+    with open("/proc/self/statm") as file:
+        settings["base"] = int(file.read().split()[0]) * resource.getpagesize()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for supervisors: they tell the server themselves
+    control.sendall(b"r")
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(control, 1, 3)
+        if not message:
+            os._exit(0)
+        child, handle = _clone(_NAMESPACES)
+        if child == 0:
+            control.close()
+            _supervise(settings, *descriptors)
+        with socket.socket(fileno=descriptors.pop()) as said:
+            if child > 0:
+                socket.send_fds(said, [b"p"], [handle])
+                os.close(handle)
+            else:
+                said.sendall(f"!new namespaces: {os.strerror(handle)}".encode())
+        for opened in descriptors:
+            os.close(opened)
+
+
+def _clone(flags: int) -> tuple[int, int]:
+    """A fork into new namespaces: (0, 0) in the child, else its process id and descriptor, or (-1, errno).
+
+    One fork fewer than `unshare` would take, and it is forks of so large a process that cost. No Python lock is
+    taken: there is no other thread.
+    """
+    handle = ctypes.c_int(-1)
+    call = _CLONE[os.uname().machine]
+    child = _raw.syscall(call, _CLONE_PIDFD | flags | signal.SIGCHLD, None, ctypes.byref(handle), None, None)
+    if child < 0:
+        return -1, ctypes.get_errno()
+    return child, handle.value if child else 0
+
+
+def _supervise(settings: dict[str, Any], control: int, output: int, status: int) -> None:
+    """As process 1, whose end is the end of all in its namespace: fork the interpreter, tell how it ended.
+
+    The interpreter isn't process 1 itself because the kernel spares that one most signals.
+    """
+    said = socket.socket(fileno=status)
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        _settle(settings)
+        _drop_capabilities()
+        child = os.fork()
+        if child == 0:
+            said.close()
+            _interpret(settings, control, output)
+        os.close(control)
+        os.close(output)
+        said.sendall(b"%d\n" % os.waitpid(child, 0)[1])
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            said.sendall(f"!{type(error).__name__}: {error}".encode())
+    os._exit(0)
+
+
+def _interpret(settings: dict[str, Any], control: int, output: int) -> None:
+    """As the interpreter: give up what is left, then serve."""
+    try:
+        os.close(0)
+        os.open("/dev/null", os.O_RDONLY)
+        _open_output(output)
+        _limit(settings, settings["base"] + settings["memory"])
+        if (numpy := sys.modules.get("numpy")) is not None:
+            numpy.random.seed()  # else every interpreter would draw the same numbers
+        _load_filter(base64.b64decode(settings["filter"]))
+        with socket.socket(fileno=control) as channel:
+            channel.sendall(b"r")
+            _serve(channel, settings)
+    except BaseException as error:
+        os.write(2, f"{type(error).__name__}: {error}\n".encode())
+    os._exit(70)
+
+
+def _serve(control: socket.socket, settings: dict[str, Any]) -> None:
+    interpreter.serve(
+        control, settings["folder"], settings["cpu"], settings["files"], settings["files_bytes"], settings["images"]
+    )
+
+
+def _drop(user: int) -> None:
+    """From root to an unprivileged user, outside of any user namespace."""
+    os.setgroups([])
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
+    _check(_raw.prctl(_PR_SET_DUMPABLE, 1), "prctl")  # else /proc/self would stay root's
+
+
+def _import(packages: list[str]) -> None:
+    """Import what programs may want, and use it once: the first figure costs what the next hundred do."""
+    for name in packages:
+        importlib.import_module(name)
+    if "matplotlib" in packages:
+        import io
+
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        pyplot.plot([0, 1], [0, 1])
+        pyplot.title("$x$")
+        pyplot.savefig(io.BytesIO(), format="png")
+        pyplot.close("all")
+        pyplot.show = lambda *_, **__: None  # what is open at a program's end is shown
+    if "pandas" in packages:
+        import pandas
+
+        repr(pandas.DataFrame({"a": [1.5, 2.5], "b": ["x", "y"]}).describe())
+    if "sympy" in packages:
+        import sympy
+
+        str(sympy.solve(sympy.Symbol("x") ** 2 - 2))
+
+
+def _settle(settings: dict[str, Any]) -> None:
+    """Keep the user's number in the new user namespace, and mount folders of its own."""
+    for name, id_ in (("setgroups", None), ("uid_map", settings["user"]), ("gid_map", settings["group"])):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write("deny" if id_ is None else f"{id_} {id_} 1")
+    _mount("/tmp", settings["tmp_bytes"], 0o700)
+    _mount("/dev/shm", settings["tmp_bytes"], 0o700)
+    _mount(settings["folder"], settings["files_bytes"], 0o700)
+    _mount("/proc", 4096, 0o555, _RDONLY)  # the zygote's own, whose mount can't be undone from here, is covered
+
+
+def _mount(path: str, size: int, mode: int, flags: int = 0) -> None:
+    options = f"size={size},nr_inodes={1024 + size // 16384},mode={mode:o}"
+    flags |= _NOSUID | _NODEV | _NOEXEC
+    _check(_raw.mount(b"tmpfs", path.encode(), b"tmpfs", flags, options.encode()), f"mount {path}")
+
+
+def _open_output(descriptor: int) -> None:
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def _limit(settings: dict[str, Any], memory: int) -> None:
+    """Hard limits for good. `threads` 0 leaves the host's: outside a user namespace the count is the whole user's."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (settings["file_bytes"], settings["file_bytes"]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (settings["open_files"], settings["open_files"]))
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
+    resource.setrlimit(resource.RLIMIT_MSGQUEUE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_SIGPENDING, (256, 256))
+    if settings["threads"]:
+        resource.setrlimit(resource.RLIMIT_NPROC, (settings["threads"], settings["threads"]))
+
+
+def _drop_capabilities() -> None:
+    """All of them, and the way to new ones."""
+    prctl = _raw.prctl
+    _check(prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
+    capability = 0
+    while prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:  # fails past the last one
+        capability += 1
+    header = (ctypes.c_uint32 * 2)(_LINUX_CAPABILITY_VERSION_3, 0)
+    _check(_raw.capset(header, (ctypes.c_uint32 * 6)()), "capset")
+
+
+def _load_filter(code: bytes) -> None:
+    program = ctypes.create_string_buffer(code, len(code))
+
+    class Program(ctypes.Structure):  # struct sock_fprog
+        _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
+
+    found = Program(len(code) // 8, ctypes.addressof(program))
+    _check(_raw.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(found), 0, 0), "seccomp")
+
+
+def _check(result: int, what: str) -> None:
+    if result != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"{what}: {os.strerror(error)}")
