@@ -17,6 +17,7 @@ from serving.engines.base import EngineError, GenerateRequest, TokenChunk, Unkno
 from serving.model import BaseModel
 from tools.python import PythonTool
 from tools.search import SearchTool, open_library
+from tools.workspace import Workspaces
 
 Script = Callable[[str], str]  # the context's text -> what the policy writes next
 
@@ -129,13 +130,18 @@ def calculator(context: str) -> str:
 
 
 def make_service(
-    base: BaseModel, store: Store, max_answers: int = 8, documents: Path | None = None
+    base: BaseModel,
+    store: Store,
+    max_answers: int = 8,
+    documents: Path | None = None,
+    workspaces: Workspaces | None = None,
+    code: BaseTool | None = None,
 ) -> tuple[Service, ScriptedEngine]:
-    """`documents`: a folder for the index of the search tool; without it the agent has Python only."""
+    """`documents`: a folder for the index of the search tool; without it the agent has Python only, or `code`."""
     engine = ScriptedEngine(base.tokenizer, calculator)
-    tools: dict[str, BaseTool] = {"code": PythonTool()}
+    tools: dict[str, BaseTool] = {"code": code or PythonTool()}
     if documents is not None:
         tools["search"] = SearchTool(backends=[open_library(documents)])
     agent = Agent(engine, TapoDialect(base.tokenizer), tools)
     router = FixedRouter(engine)
-    return Service(store, router, agent, engine, max_answers), engine  # type: ignore[arg-type]
+    return Service(store, router, agent, engine, max_answers, workspaces), engine  # type: ignore[arg-type]
