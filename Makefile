@@ -1,6 +1,7 @@
 # make run    set up once, then serve: the chat on port 7860, the endpoint on port 8000
 # make test   the same set-up, then the tests        make lint, make types   the other checks
 # make learn  the proof that it learns, about an hour; results in benchmarks/results
+# make bench-sandbox  what a call of the Python tool costs, ten minutes
 # make setup  only the set-up                        make clean              forget it
 #
 # Variables
@@ -12,7 +13,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help run test learn lint types setup bubblewrap chromium clean
+.PHONY: help run test learn bench-sandbox lint types setup bubblewrap chromium clean
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -36,6 +37,10 @@ test: setup chromium
 
 learn: setup
 	@$(BIN)/python -m benchmarks.learn
+
+bench-sandbox: setup
+	@$(PIP) -e '.[bench]' | $(SHORTLY)
+	@$(BIN)/python -m benchmarks.sandbox
 
 lint: setup
 	@$(BIN)/ruff check .
