@@ -8,8 +8,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from ddgs import DDGS
 from ddgs.base import BaseSearchEngine
+from ddgs.ddgs import DDGS  # ddgs.DDGS is a proxy that can't be subclassed
 from ddgs.engines import ENGINES
 from ddgs.exceptions import DDGSException, RatelimitException, TimeoutException
 

@@ -12,16 +12,16 @@ from tools.search.backend import NotAsked
 
 
 class RateLimit:
-    """At most `per_minute` turns in any minute; a share of one is a turn in several minutes.
+    """At most `per_minute` turns in any minute, counted over any `window_s`; a share of one is a turn in several.
 
     Safe to use from several threads and event loops: the bucket is asked without waiting, and the waiting is done in
     the caller's own loop. (pyrate-limiter's `Limiter` would add a thread that tidies the bucket.)
     """
 
-    def __init__(self, per_minute: float) -> None:
+    def __init__(self, per_minute: float, window_s: float = 60.0) -> None:
         if not per_minute > 0:
             raise ValueError(f"A rate of {per_minute} look-ups per minute allows none; give a number above 0.")
-        turns = max(1, int(per_minute))
+        turns = max(1, int(per_minute * window_s / 60))
         self._per_minute = per_minute
         self._bucket = InMemoryBucket([Rate(turns, max(1, round(60_000 * turns / per_minute)))])
         self._lock = threading.Lock()
