@@ -21,7 +21,7 @@ app.add_typer(record.data, name="data")
 app.command()(learn.train)
 app.command()(learn.warmup)
 app.command("eval")(learn.evaluate)
-app.command()(index.index)
+app.add_typer(index.index, name="index")
 app.command()(doctor.doctor)
 
 
