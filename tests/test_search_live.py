@@ -439,7 +439,7 @@ async def test_ddgs_falls_back_on_its_next_engine(engines: Site) -> None:
         (Reply(b"challenge", 202), RateLimited, "duckduckgo 202"),
         (Reply(b"", 429), RateLimited, "mojeek 429"),
         (Reply(b"", 500), Passing, "duckduckgo 500"),
-        (Reply(delay_s=5), Passing, "time"),
+        (Reply(delay_s=5), TooSlow, "time out"),
     ],
 )
 async def test_ddgs_tells_refusal_failure_and_silence_apart(
@@ -448,6 +448,21 @@ async def test_ddgs_tells_refusal_failure_and_silence_apart(
     engines.replies = [reply]
     with pytest.raises(error, match=said):
         await DdgsBackend(timeout_s=3.0).search("x", 1)
+
+
+async def test_engines_that_can_t_be_reached_are_asked_once(engines: Site) -> None:
+    engines.close()
+    backend = GuardedBackend(DdgsBackend())
+    began = time.monotonic()
+    with pytest.raises(BackendUnavailable, match=r"^none of its engines can be reached \(\w+\)$") as caught:
+        await backend.search("a secret", 1)
+    assert type(caught.value) is BackendUnavailable
+    assert time.monotonic() - began < 3
+
+
+async def test_refused_by_one_engine_and_empty_at_another_is_empty(engines: Site) -> None:
+    engines.by_path = {"/duckduckgo": Reply(b"", 429), "/mojeek": Reply(b"<html><body>none</body></html>")}
+    assert await DdgsBackend().search("x", 1) == []
 
 
 async def test_a_page_without_results_is_no_failure(engines: Site) -> None:

@@ -13,7 +13,7 @@ from ddgs.ddgs import DDGS  # ddgs.DDGS is a proxy that can't be subclassed
 from ddgs.engines import ENGINES
 from ddgs.exceptions import DDGSException, RatelimitException, TimeoutException
 
-from tools.search.backend import Passing, RateLimited
+from tools.search.backend import BackendUnavailable, Passing, RateLimited, TooSlow
 
 _AGES = {"day": "d", "week": "w", "month": "m", "year": "y"}
 _ENCYCLOPEDIAS = {"wikipedia", "grokipedia"}  # 200 with nothing is all they say to a question
@@ -27,7 +27,9 @@ def look_up(
 ) -> list[dict[str, Any]]:
     """Rows with `title`, `body`, and `href` or `url`; news have `source` too. Blocks for little more than `timeout_s`.
 
-    Raises RateLimited if the engines refused, Passing if none answered.
+    Raises RateLimited if the engines refused, Passing if they failed, TooSlow or plain BackendUnavailable if none could
+    be reached: all of them have been tried then, so that the same again would help nobody. How long an engine's page
+    may be is ddgs's own affair.
     """
     category = "news" if news else "text"
     backend = "auto"  # ddgs's own order, from one engine to the next until there are results enough
@@ -59,10 +61,11 @@ def _nothing(error: DDGSException, watch: _Watch) -> list[dict[str, Any]]:
     if said:
         raise Passing(f"its engines fail ({', '.join(f'{name} {code}' for name, code in said)})"[:300]) from error
     if isinstance(error, TimeoutException):
-        raise Passing(f"its engines time out ({error})"[:300]) from error
+        raise TooSlow("its engines time out") from error
     if str(error) == "No results found.":
         return []
-    raise Passing(f"no engine answered ({error})"[:300]) from error
+    kind = str(error).split(":")[0][:80]  # what follows names an engine's address, with the query
+    raise BackendUnavailable(f"none of its engines can be reached ({kind})") from error
 
 
 class _Watch:

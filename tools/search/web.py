@@ -11,7 +11,7 @@ from tools.text import clean
 
 _QUERY_CHARS = 400  # search engines refuse or cut longer ones
 _TITLE_CHARS = 300
-_TEXT_CHARS = 20_000  # an encyclopedia's row has its whole article
+_TEXT_CHARS = 4_000  # an encyclopedia's row has its whole article
 _URL_CHARS = 2_000
 
 
