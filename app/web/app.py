@@ -14,8 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.service import Service
 from app.settings import Settings
-from app.web import page
-from app.web.owner import login
+from app.web import files, page
+from app.web.owner import login, owner_of_download
 from app.web.theme import theme
 
 # The page's own scripts are inline; everything comes from here. So whatever a model or a search result writes,
@@ -28,7 +28,7 @@ POLICY = (
 
 
 class OwnHostOnly:
-    """ASGI middleware: the content policy on every page."""
+    """ASGI middleware: the content policy on every page that has none of its own."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -37,7 +37,7 @@ class OwnHostOnly:
         async def send_with_policy(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                headers["Content-Security-Policy"] = POLICY
+                headers.setdefault("Content-Security-Policy", POLICY)  # a download has a stricter one
                 headers["Referrer-Policy"] = "no-referrer"
             await send(message)
 
@@ -49,6 +49,7 @@ def create_web(service: Service, settings: Settings) -> FastAPI:
     app.add_middleware(OwnHostOnly)
     if not settings.api_keys:  # only this machine: see app.api.guard on DNS rebinding
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", settings.host])
+    app.include_router(files.router(service, lambda request: owner_of_download(app, settings, request)))
     mounted: FastAPI = gr.mount_gradio_app(
         app,
         page.build(service, settings),
@@ -62,5 +63,6 @@ def create_web(service: Service, settings: Settings) -> FastAPI:
         ssr_mode=False,
         theme=theme(),
         css_paths=[page.STYLE],
+        max_file_size=settings.files_mb << 20,
     )
     return mounted

@@ -6,6 +6,8 @@ import hmac
 from collections.abc import Callable
 
 import gradio as gr
+from fastapi import FastAPI, Request
+from starlette.routing import Mount
 
 from app.api.guard import LOCAL_OWNER, owner_of
 from app.settings import Settings
@@ -30,3 +32,14 @@ def login(settings: Settings) -> Callable[[str, str], bool] | None:
         return known and username == owner_of(given)
 
     return check
+
+
+def owner_of_download(app: FastAPI, settings: Settings, request: Request) -> str | None:
+    """Who asks for a file beside the page that gradio serves in `app`; None without the cookie of gradio's login."""
+    if not settings.api_keys:
+        return LOCAL_OWNER
+    page = next(route.app for route in app.routes if isinstance(route, Mount) and isinstance(route.app, gr.routes.App))
+    for name in (f"access-token-{page.cookie_id}", f"access-token-unsecure-{page.cookie_id}"):
+        if owner := page.tokens.get(request.cookies.get(name)):
+            return str(owner)
+    return None

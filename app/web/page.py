@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import html
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,18 +13,30 @@ from typing import Any
 
 import gradio as gr
 
+from app.api.errors import ApiError
 from app.service import Message, Question, Service
 from app.settings import Settings
-from app.web import verdicts
+from app.web import files, verdicts
 from app.web.owner import owner_of_request
 from app.web.transcript import ChatMessage, Transcript
+from feedback_store import StoreError
 from serving.engines.base import Sampling
+from tools.workspace import WorkspaceError
+
+Asked = tuple[str, list[str]]  # a question, and the names of the files that came with it
 
 STYLE = Path(__file__).with_name("style.css")
 REFRESH_SECONDS = 4.0
 FRAME_SECONDS = 0.06  # the page is redrawn at most this often while text streams
+UPLOAD_SECONDS = 3600  # a file that was attached and not sent is kept this long
 HEADER = """<div class="top"><div><h1>Whetstone</h1><p>Gets better overnight from its own verified answers.</p></div>
 <div class="status">{status}</div></div>"""
+# gradio's chips show no names. This runs in the browser alone, at each change of the box.
+NAME_CHIPS = """(given) => requestAnimationFrame(() =>
+  document.querySelectorAll("#question .thumbnail-item").forEach((chip, at) => {
+    const file = given.files[at];
+    chip.dataset.name = chip.title = file ? file.orig_name || "" : "";
+  }))"""
 EXAMPLES = (  # Python, search, Python after some thought, no tool
     "What is 4827 * 391?",
     "What is the capital of Mongolia?",
@@ -50,10 +62,19 @@ class Session:
 
 
 async def respond(
-    service: Service, settings: Settings, owner: str, text: str, shown: list[ChatMessage], session: Session
+    service: Service,
+    settings: Settings,
+    owner: str,
+    text: str,
+    shown: list[ChatMessage],
+    session: Session,
+    attached: Sequence[str] = (),
 ) -> AsyncGenerator[list[ChatMessage]]:
-    """The page's messages, again and again, while the question `text` is answered after what is `shown`."""
-    before = [*shown, {"role": "user", "content": text}]
+    """The page's messages, again and again, while the question `text` is answered after what is `shown`.
+
+    `attached` are names of files that were put into the conversation with this question.
+    """
+    before = [*shown, {"role": "user", "content": files.shown_with(text, attached)}]
     transcript = Transcript()
     drawn = 0.0
     yield before
@@ -61,7 +82,9 @@ async def respond(
         messages: list[Message] = []
         if session.conversation_id is not None:
             messages = await service.call(service.store.history, session.conversation_id)
-        messages = service.fit([*messages, {"role": "user", "content": text}], settings.max_tokens)
+        messages = service.fit(
+            [*messages, {"role": "user", "content": files.asked_with(text, attached)}], settings.max_tokens
+        )
         sampling = Sampling(settings.temperature, settings.top_p, settings.max_tokens)
         question = Question(owner, messages, sampling, session.conversation_id)
         async with aclosing(service.answer(question)) as events:
@@ -98,7 +121,9 @@ async def status_line(service: Service) -> str:
 def build(service: Service, settings: Settings) -> gr.Blocks:
     """The page. One tab holds one conversation; everything said is in the store."""
     page: gr.Blocks
-    with gr.Blocks(title="Whetstone", analytics_enabled=False, fill_height=True) as page:
+    with gr.Blocks(
+        title="Whetstone", analytics_enabled=False, fill_height=True, delete_cache=(UPLOAD_SECONDS, UPLOAD_SECONDS)
+    ) as page:
         session = gr.State(Session())
         header = gr.HTML(HEADER.format(status=""), elem_id="header")
         chat = gr.Chatbot(
@@ -115,9 +140,10 @@ def build(service: Service, settings: Settings) -> gr.Blocks:
             examples=[{"text": text, "display_text": text} for text in EXAMPLES],
         )
         with gr.Row(elem_id="ask"):
-            box = gr.Textbox(
+            box = gr.MultimodalTextbox(
                 placeholder="Ask anything…", show_label=False, container=False, lines=1, max_lines=6, scale=8,
-                autofocus=True, elem_id="question",
+                autofocus=True, elem_id="question", submit_btn=False, file_count="multiple",
+                sources=["upload"] if service.workspaces else [], max_plain_text_length=settings.max_body_bytes,
             )  # fmt: skip
             send = gr.Button("Send", variant="primary", scale=1, elem_id="send")
             stop = gr.Button("Stop", variant="stop", scale=1, visible=False, elem_id="stop")
@@ -135,10 +161,10 @@ def build(service: Service, settings: Settings) -> gr.Blocks:
         line = gr.Markdown("", elem_id="verdict-line", sanitize_html=True)
 
         async def on_ask(
-            text: str, shown: list[ChatMessage], tab: Session, request: gr.Request
+            question: Asked, shown: list[ChatMessage], tab: Session, request: gr.Request
         ) -> AsyncGenerator[list[ChatMessage]]:
-            owner = owner_of_request(request)
-            async with aclosing(respond(service, settings, owner, text, shown, tab)) as frames:
+            owner, (text, names) = owner_of_request(request), question
+            async with aclosing(respond(service, settings, owner, text, shown, tab, names)) as frames:
                 async for frame in frames:
                     yield frame
 
@@ -150,13 +176,24 @@ def build(service: Service, settings: Settings) -> gr.Blocks:
             index = like.index if isinstance(like.index, int) else like.index[0]
             return await verdicts.thumb(service, owner_of_request(request), tab.turn_at(index), like.liked is True)
 
-        def take(text: str) -> tuple[str, str]:
+        async def take(given: dict[str, Any], tab: Session, request: gr.Request) -> tuple[Asked, None]:
+            text, uploads = given["text"], given["files"]
             if not text.strip():
                 raise gr.Error("Write a question first.", duration=4, print_exception=False)
-            return text, ""
+            if not uploads:
+                return (text, []), None
+            try:
+                tab.conversation_id, names = await files.attach(
+                    service, owner_of_request(request), tab.conversation_id, uploads
+                )
+            except FileNotFoundError:
+                raise gr.Error("A file is there no more: attach it again.", print_exception=False) from None
+            except (WorkspaceError, StoreError, ApiError, OSError) as error:
+                raise gr.Error(html.escape(str(error)), duration=12, print_exception=False) from None
+            return (text, names), None
 
-        def pick(example: gr.SelectData) -> str:
-            return str(example.value["text"])
+        def pick(example: gr.SelectData) -> Asked:
+            return str(example.value["text"]), []
 
         def busy() -> list[Any]:
             return [gr.update(visible=False), gr.update(visible=True), gr.update(interactive=False), ""]
@@ -171,8 +208,8 @@ def build(service: Service, settings: Settings) -> gr.Blocks:
             ]
 
         private: dict[str, Any] = {"api_visibility": "private"}
-        asked = gr.State("")
-        started = gr.on([box.submit, send.click], take, box, [asked, box], show_progress="hidden", **private)
+        asked = gr.State(("", []))
+        started = gr.on([box.submit, send.click], take, [box, session], [asked, box], show_progress="hidden", **private)
         chosen = chat.example_select(pick, None, asked, show_progress="hidden", **private)
         for trigger in (started, chosen):
             running = trigger.success(busy, None, [send, stop, new, line], show_progress="hidden", **private)
@@ -191,6 +228,7 @@ def build(service: Service, settings: Settings) -> gr.Blocks:
             [chat, session, line, verdict],
             **private,
         )
+        box.change(None, box, None, js=NAME_CHIPS, **private)
         gr.on([teach.click, right.submit], on_teach, [right, kind, session], [line, right], **private)
         chat.like(on_like, session, line, **private)
 

@@ -1,11 +1,13 @@
-"""One answer as the chat shows it: the thinking and each tool call as a panel, then the text, then its version."""
+"""One answer as the chat shows it: thinking and tool calls as panels, what they drew, the text, its sources."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from app.citations import Source, sources_of
 from app.service import Finished, ServiceEvent, Started
-from app.web.safe import as_code, as_markdown
+from app.web.files import left_behind
+from app.web.safe import as_code, as_link, as_markdown, as_words
 from serving.trajectory import AnswerText, Observation, StepDone, Thinking, ToolCall, ToolResult
 
 ChatMessage = dict[str, Any]  # gradio's: role, content, metadata
@@ -53,6 +55,8 @@ class Transcript:
                 assert self._call is not None, "a result follows its call"
                 self._panels[-1] = _result_panel(self._call, observation)
                 self._call = None
+                if self.started and (left := left_behind(observation, self.started.conversation_id)):
+                    self._panels.append({"role": "assistant", "content": left})
             case StepDone(step):
                 self._end_thinking()
                 if step.action == "invalid" and step.observation is not None:
@@ -86,8 +90,16 @@ class Transcript:
             parts.append(f"**No answer:** {as_markdown(self._error)}")
         if self.finished is not None:
             parts = parts or ["*The model gave no answer.*"]
+            if cited := sources_of(self.finished.trajectory):
+                parts.append("\n".join(["###### Sources", *map(_cited, cited)]))
             parts.append(f"*{as_markdown(_stamp(self.finished))}*")
         return "\n\n".join(parts)
+
+
+def _cited(source: Source) -> str:
+    title = as_link(source.title, source.url) if source.url else as_words(source.title)
+    whose = f" ({as_words(source.source)})" if source.source not in ("", source.title) else ""
+    return f"{source.number}. {title}{whose}"
 
 
 def _stamp(finished: Finished) -> str:
@@ -107,7 +119,7 @@ def _panel(title: str, content: str, pending: bool = False, **metadata: Any) -> 
 
 def _call_title(call: ToolCall) -> str:
     first = call.input.strip().splitlines()[0] if call.input.strip() else ""
-    return f"{_TITLES[call.tool]}: {first[:60]}{'…' if len(first) > 60 else ''}"
+    return f"{_TITLES.get(call.tool, call.tool)}: {first[:60]}{'…' if len(first) > 60 else ''}"
 
 
 def _call_body(call: ToolCall) -> str:
