@@ -192,6 +192,7 @@ class Conversations(Database):
                 f"but have {lengths[0]}, {lengths[1]} and {lengths[2]} entries."
             )
         seen = None if step.observation is None else as_stored(step.observation)
+        given: str = getattr(step, "tool_input", "") or step.input  # a step of one's own may know no difference
         values: dict[str, Any] = {
             "turn_id": turn_id,
             "position": step.index,
@@ -205,7 +206,7 @@ class Conversations(Database):
             "input": step.input,
             "well_formed": step.well_formed,
             "seconds": step.seconds,
-            "call_hash": None if seen is None else call_hash(seen.tool, step.input),
+            "call_hash": None if seen is None else call_hash(seen.tool, given),
             "observation_seconds": None if seen is None else seen.seconds,
             "created_at": self._now(),
         }

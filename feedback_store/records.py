@@ -34,7 +34,10 @@ class ObservationLike(Protocol):
 
 
 class StepLike(Protocol):
-    """One generation and its observation, as `serving.trajectory.Step` has it; the three lists are parallel."""
+    """One generation and its observation, as `serving.trajectory.Step` has it; the three lists are parallel.
+
+    It may have a `tool_input` too: what the tool was given, where that isn't `input` itself.
+    """
 
     @property
     def index(self) -> int: ...

@@ -46,7 +46,7 @@ def result_hash(result: StoredObservation) -> str:
 
 
 def call_hash(tool: str, input: str) -> str:
-    """What a recorded result is looked up by: 64 hex digits over the tool's name and the step's input."""
+    """What a recorded result is looked up by: 64 hex digits over the tool's name and what it was given."""
     return hashlib.sha256(json.dumps([clean(tool), clean(input)]).encode()).hexdigest()
 
 
@@ -132,7 +132,7 @@ class ToolResults(Database):
         before: datetime | None = None,
         errors: bool = True,
     ) -> StoredObservation | None:
-        """The newest result of `tool` for exactly this `input` (a step's), or None.
+        """The newest result of `tool` for exactly this `input`, or None. A step's `tool_input` is one, or its `input`.
 
         Only of one turn, of one conversation, or of the turns that asked for one task; only from `before` a moment;
         without `errors`, only of calls that worked.

@@ -13,7 +13,7 @@ from feedback_store import Store
 from online_rl import verifiers
 from online_rl.gate import ItemResult
 from online_rl.recipe import ToolResults
-from online_rl.replay import PerTask, Replay, real_name
+from online_rl.replay import PerTask, Replay
 from online_rl.result_record import ResultRecord
 from online_rl.tasks.base import Task
 from serving.agent import Agent, CallTool
@@ -49,9 +49,8 @@ class Recorded:
 
         async def recorded(tool: str, text: str) -> Observation:
             async with self._locks.setdefault((tool, text), asyncio.Lock()):  # who asks meanwhile waits for the first
-                name = real_name(tool, text)
-                seen = self._record.own(task.id, name, text)
-                return seen or self._record.keep(task.id, name, text, await call(tool, text))
+                seen = self._record.own(task.id, tool, text)
+                return seen or self._record.keep(task.id, tool, text, await call(tool, text))
 
         return recorded
 

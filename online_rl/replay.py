@@ -7,7 +7,6 @@ lacks; `recorded` never asks, and says so where the record lacks a result.
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Protocol, runtime_checkable
 
 from feedback_store import Store
@@ -52,14 +51,13 @@ class Replay:
 
     def of(self, task: Task) -> CallTool:
         async def call(tool: str, input: str) -> Observation:
-            name = real_name(tool, input)
-            if name in INSIDE:
+            if tool in INSIDE:
                 return await self._call(tool, input)
-            found = await self._find(task, name, input)
+            found = await self._find(task, tool, input)
             if found is None and self._mode == "recorded":
                 self.misses += 1
-                text = f"There is no recorded result of {name} for this input."
-                return Observation(name, text, error=True, artifact={"recorded": False})
+                text = f"There is no recorded result of {tool} for this input."
+                return Observation(tool, text, error=True, artifact={"recorded": False})
             return found or await self._call(tool, input)
 
         return call
@@ -77,21 +75,10 @@ def keeping(call: CallTool, record: ResultRecord, task: Task) -> CallTool:
     """`call`, with what it got from outside written down as seen by `task`."""
 
     async def kept(tool: str, input: str) -> Observation:
-        observation, name = await call(tool, input), real_name(tool, input)
-        return observation if name in INSIDE else record.keep(task.id, name, input, observation)
+        observation = await call(tool, input)
+        return observation if tool in INSIDE else record.keep(task.id, tool, input, observation)
 
     return kept
-
-
-def real_name(tool: str, input: str) -> str:
-    """The tool's own name. An action `call` has it in its input: `{"name": …, "arguments": …}`."""
-    if tool != "call":
-        return tool
-    try:
-        name = json.loads(input)["name"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return tool
-    return name if isinstance(name, str) else tool
 
 
 def _of_its_turn(store: Store, task: Task, tool: str, input: str) -> Observation | None:

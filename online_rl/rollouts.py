@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from online_rl.recipe import Recipe
-from online_rl.replay import INSIDE, real_name
+from online_rl.replay import INSIDE
 from online_rl.rewards import RewardTerms
 from online_rl.tasks.base import Task
 from serving.trajectory import Trajectory
@@ -54,7 +54,7 @@ class GroupReplay:
 
     async def __call__(self, tool: str, input: str) -> Any:
         record = _record.get()
-        if record is None or real_name(tool, input) in self._inside:
+        if record is None or tool in self._inside:
             return await self._call(tool, input)
         lock = record.locks.setdefault((tool, input), asyncio.Lock())
         async with lock:

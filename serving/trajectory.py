@@ -40,6 +40,7 @@ class Step:
     observation: Observation | None = None
     well_formed: bool = True
     seconds: float = 0.0
+    tool_input: str = ""  # what the tool was given, where that isn't `input` itself: the arguments of a "call"
 
 
 @dataclass(frozen=True)

@@ -234,12 +234,13 @@ def test_a_task_knows_what_the_turns_that_asked_for_it_saw(store: Store) -> None
     assert store.recorded_result("search", "q of a task", task_id="task_unknown") is None
 
 
-def test_any_tool_of_ones_own_is_found_by_its_name_and_arguments(store: Store) -> None:
-    arguments = json.dumps({"name": "weather", "arguments": {"city": "Ulaanbaatar"}})
+def test_any_tool_of_ones_own_is_found_by_the_arguments_that_it_was_given(store: Store) -> None:
+    arguments = json.dumps({"city": "Ulaanbaatar"})
+    written = '{ "name":"weather",   "arguments": {"city": "Ulaanbaatar"} }'
     seen = Observation("weather", "-20 °C", artifact={"backend": "mcp"})
-    turn_id = begin(store)
-    store.append_step(turn_id, replace(step(seen, arguments), action="call"))  # type: ignore[arg-type]
+    turn_id = asked(store, replace(step(seen, written), action="call", tool_input=arguments))
     assert store.recorded_result("weather", arguments) == as_stored(seen)
+    assert store.tool_results(turn_id=turn_id)[0].input == store.turn(turn_id).steps[0].input == written
 
 
 def test_a_look_up_reads_an_index(path: Path) -> None:
