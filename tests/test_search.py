@@ -18,7 +18,6 @@ from tools.search import (
     SearchHit,
     SearchTool,
     build_index,
-    index_folder,
     open_library,
 )
 from tools.search.corpus import Document, Fact, facts
@@ -189,14 +188,6 @@ async def test_a_folder_of_documents_is_searched_beside_the_corpus(tmp_path: Pat
     assert await first(index, "capital of France") == "France"
     (folder / "manual.md").write_text("# Coffee machine\n\nDescale it yearly with lemons.\n")
     assert "lemons" in (await open_library(tmp_path / "home", folder).search("descale", 1))[0].text
-
-
-def test_passages_are_short_and_whole(tmp_path: Path) -> None:
-    text = "\n\n".join(f"paragraph {n} " + "word " * (n % 400) for n in range(60)) + "\n\n" + "x" * 3000
-    (tmp_path / "long.txt").write_text(text)
-    passages = [document.text for document in index_folder(tmp_path)]
-    assert all(0 < len(passage) <= 700 for passage in passages)
-    assert "".join("".join(passages).split()) == "".join(text.split())
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
