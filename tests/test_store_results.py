@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -323,6 +324,17 @@ def old_file(path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def far_east() -> Iterator[None]:
+    """Times in a file are UTC, wherever it is migrated."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TZ", "Asia/Ulaanbaatar")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("far_east")
 def test_the_observations_of_an_old_file_are_moved(old_file: Path) -> None:
     with Store.open(old_file) as store:
         steps = store.turn("turn_1").steps
@@ -343,7 +355,9 @@ def test_the_observations_of_an_old_file_are_moved(old_file: Path) -> None:
         # what an old file holds and what is written now are one content
         again = asked(store, step(Observation("search", "result 3", artifact={"n": 3})))
         assert store.tool_results(turn_id=again)[0].hash == store.tool_results(turn_id="turn_1")[3].hash
-    assert count(old_file, "tool_results") == 12
+    with closing(sqlite3.connect(old_file)) as connection:
+        counted = "SELECT count(*), min(created_at), max(created_at) FROM tool_results"
+        assert connection.execute(counted).fetchone() == (12, NOW, NOW)
     (copy,) = old_file.parent.glob("store.db.revision-0002.*.bak")
     assert count(copy, "steps") == 1203
 

@@ -10,6 +10,7 @@ from alembic import op
 
 from feedback_store.errors import StoreError
 from feedback_store.records import StoredObservation
+from feedback_store.schema import UtcTime
 from feedback_store.tool_results import as_stored, call_hash, put_result, result_hash
 
 revision = "0003"
@@ -28,7 +29,7 @@ _steps = sa.table(
     sa.column("observation_artifact", sa.JSON),
     sa.column("result_hash", sa.String),
     sa.column("call_hash", sa.String),
-    sa.column("created_at", sa.DateTime(timezone=True)),
+    sa.column("created_at", UtcTime),
 )
 
 
