@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 
 from app.record import open_store
 from app.service import Service
 from app.settings import Settings
+from app.tools import open_toolbox, tool_seconds
 from feedback_store import StoreError
 from serving.agent import Agent, Limits
-from serving.dialects.tapo import TapoDialect
+from serving.dialects import make_dialect
 from serving.engines.base import EngineError
 from serving.engines.llamacpp import LlamaCppEngine
 from serving.model import ModelMissing, prepare_base
 from serving.versions import VersionRouter, install_shipped
-from tools.registry import build_tools
 from tools.workspace import Workspaces
 
 Progress = Callable[[str], None]
@@ -52,27 +52,32 @@ async def _start(settings: Settings, progress: Progress, stack: AsyncExitStack) 
     base = await asyncio.to_thread(prepare_base, settings.home, progress)
     await asyncio.to_thread(install_shipped, store, settings.home)
     progress("Preparing the tools")
-    tools = await asyncio.to_thread(
-        build_tools,
-        settings.home,
-        settings.search_backends,
-        unsafe=settings.unsafe_without_sandbox,
-        code_timeout_s=settings.python_seconds,
-        search_timeout_s=settings.search_seconds,
-        documents=settings.documents,
-    )
+    workspaces = Workspaces(settings.home / "files", settings.files_mb << 20)
+    tools = ExitStack()
+    stack.push_async_callback(asyncio.to_thread, tools.close)
+    opening = open_toolbox(settings, workspaces=workspaces, audit=True)
+    toolbox = await asyncio.to_thread(tools.enter_context, opening)
     progress("Starting the engine")
     engine = LlamaCppEngine(base, settings.slots, settings.context, settings.threads)
     stack.push_async_callback(engine.close)
     router = VersionRouter(store, engine, base.fingerprint)
     stack.push_async_callback(router.close)
     await router.start()
-    tool_seconds = 2 * max(settings.python_seconds, settings.search_seconds)
     agent = Agent(
         engine,
-        TapoDialect(base.tokenizer),
-        tools,
-        Limits(settings.max_turns, settings.observation_tokens, tool_seconds),
+        make_dialect(settings.dialect, base.tokenizer),
+        toolbox,
+        Limits(settings.max_turns, settings.observation_tokens, tool_seconds(settings)),
     )
-    workspaces = Workspaces(settings.home / "files", settings.files_mb << 20)
-    return Service(store, router, agent, engine, settings.max_answers, workspaces)
+    _check_room(agent)
+    return Service(store, router, agent, engine, settings.max_answers, workspaces, settings.key_tools)
+
+
+def _check_room(agent: Agent) -> None:
+    """Refuse tools whose schemas leave no room: else every question would be called too long."""
+    tokens = len(agent.dialect.render([{"role": "user", "content": ""}], agent.toolbox.schemas()))
+    if 2 * tokens > agent.engine.context_length:
+        raise ValueError(
+            f"The prompt that lists the {len(agent.toolbox.names())} tools has {tokens} tokens, more than half of the "
+            f"context of {agent.engine.context_length}: raise context, or bring fewer tools (tools, mcp_servers)."
+        )

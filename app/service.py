@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -20,7 +20,8 @@ from feedback_store import NotFound, Outcome, Store, StoreError
 from feedback_store.records import FinalStatus
 from online_rl import verifiers
 from serving.engines.base import EngineError, PromptTooLong, Sampling
-from serving.trajectory import AnswerText, Done, Event, StepDone, StopReason, Trajectory
+from serving.trajectory import AnswerText, Done, Event, StepDone, StopReason, Trajectory, calls_a_tool
+from tools.context import ToolContext
 
 if TYPE_CHECKING:
     from serving.agent import Agent
@@ -95,7 +96,10 @@ class Service:
         engine: Engine,
         max_answers: int = 64,
         workspaces: Workspaces | None = None,
+        key_tools: Mapping[str, Collection[str]] | None = None,
     ) -> None:
+        """`key_tools`: the tools that an owner's answers may use; an owner who isn't named has all of them."""
+        self._key_tools = dict(key_tools or {})
         self.workspaces = workspaces
         self.store = store
         self.router = router
@@ -121,12 +125,16 @@ class Service:
             await self.call(verifiers.check_gold, question.verifier, question.gold or "")
         async with _ShieldedExitStack() as stack:
             stack.enter_context(self._place())
-            prompt_ids = self._agent.render(question.messages)  # here: a tokenizer isn't for several threads
+            allowed = self._agent.toolbox.names(self._key_tools.get(question.owner))
+            prompt_ids = self._agent.render(question.messages, allowed)  # here: a tokenizer isn't for several threads
             version = await stack.enter_async_context(self.router.lease(question.version))
             started = await self._begin(question, version, prompt_ids)
             recording = _Recording(self.store, started.turn_id)
             stack.push_async_exit(recording.close)
-            events = self._agent.answer(question.messages, version, question.sampling)
+            context = ToolContext(question.owner, started.conversation_id, started.turn_id)
+            events = self._agent.answer(
+                question.messages, version, question.sampling, context=context, allowed=allowed
+            )
             stack.push_async_callback(events.aclose)
             yield started
             async for event in events:
@@ -167,7 +175,7 @@ class Service:
             value, why = score, reason
             if verifier is not None and gold is not None:
                 verifiers.check_gold(verifier, gold)
-                calls = sum(step.action in ("code", "search") for step in turn.steps)
+                calls = sum(calls_a_tool(step.action) for step in turn.steps)
                 judged = verifiers.get(verifier).score(gold, turn.answer, tool_calls=calls)
                 value, why = judged.value, reason or judged.reason
             return self.store.add_outcome(turn_id, source, value, verifier or "", gold or "", why, owner)

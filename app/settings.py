@@ -51,6 +51,9 @@ class Settings(BaseSettings):
     max_turns: int = Field(4, ge=0, description="tool calls in one answer")
     observation_tokens: int = Field(256, ge=16, description="of one tool result, read by the policy")
     max_tokens: int = Field(512, ge=16, description="of one generation; a request may ask for fewer")
+    dialect: Literal["tapo", "native"] = Field(
+        "tapo", description="how the model writes its actions; the shipped version has learnt tapo"
+    )
     temperature: float = Field(0.7, ge=0, le=2)
     top_p: float = Field(0.95, gt=0, le=1)
 
@@ -98,6 +101,9 @@ class Settings(BaseSettings):
     )
     key_tools: dict[str, list[str]] = Field(
         default_factory=dict, description="tools that one owner (key-…) may use; an owner who isn't named may use all"
+    )
+    tool_seconds: float | None = Field(
+        None, gt=0, description="of one tool call, waiting included; None: twice that of Python, search or fetch"
     )
     tool_calls_per_owner: int = Field(8, ge=1, description="tool calls of one owner at the same time")
     audit: bool = Field(True, description="write a line for each tool call to audit.jsonl")

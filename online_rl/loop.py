@@ -20,8 +20,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from langchain_core.tools import BaseTool
-
 from feedback_store import Run, Store
 from online_rl.adapters import load_adapter, save_adapter, save_version
 from online_rl.checkpoints import MAY_CHANGE
@@ -38,12 +36,13 @@ from online_rl.step_metrics import Metrics
 from online_rl.tapo import TrainingDiverged, train
 from online_rl.tasks.base import Task
 from serving.agent import Agent, Limits
-from serving.dialects.tapo import TapoDialect
+from serving.dialects import DialectName, make_dialect
 from serving.engines.base import PromptTooLong, Sampling
 from serving.engines.llamacpp import LlamaCppEngine
 from serving.manifest import WEIGHTS
 from serving.model import BaseModel
 from serving.trajectory import Trajectory
+from tools.toolbox import Toolbox
 
 CONTEXT = 1536  # tokens of prompt, tools' results and answer in training; longer prompts are set aside
 LEASE_S = 3600.0
@@ -65,6 +64,7 @@ class RunOptions:
     heldout: Sequence[Task]
     practice: Sequence[Task] = ()
     recipe_name: str = "embedded-cpu"
+    dialect: DialectName = "tapo"
     claim: int = 256
     least_tasks: int = 8
     evaluation: Sampling = field(default_factory=lambda: Sampling(0.7, 0.95, 256, seed=1))
@@ -87,7 +87,7 @@ def run_once(
     home: Path,
     store: Store,
     base: BaseModel,
-    tools: dict[str, BaseTool],
+    toolbox: Toolbox,
     options: RunOptions,
     listener: Listener = lambda *_: None,
 ) -> RunResult:
@@ -97,7 +97,7 @@ def run_once(
     resumable; call again.
     """
     with _only_run(home):
-        return asyncio.run(_Run(home, store, base, tools, options, listener).go())
+        return asyncio.run(_Run(home, store, base, toolbox, options, listener).go())
 
 
 @contextlib.contextmanager
@@ -118,7 +118,7 @@ class _Run:
         home: Path,
         store: Store,
         base: BaseModel,
-        tools: dict[str, BaseTool],
+        toolbox: Toolbox,
         options: RunOptions,
         listener: Listener,
     ) -> None:
@@ -130,7 +130,7 @@ class _Run:
             answer_tokens=self.recipe.max_response_tokens,
             observation_tokens=self.recipe.max_observation_tokens,
         )
-        self.agent = Agent(self.engine, TapoDialect(base.tokenizer), tools, limits)
+        self.agent = Agent(self.engine, make_dialect(options.dialect, base.tokenizer), toolbox, limits)
         self.seconds: dict[str, float] = {}
         self._open = contextlib.ExitStack()
         self.sampled: str | None = None  # the engine's name of the weights that rollouts come from

@@ -25,6 +25,7 @@ from serving.dialects.tapo import TapoDialect
 from serving.manifest import Manifest
 from serving.model import BaseModel
 from serving.trajectory import ActionKind
+from tools.toolbox import Toolbox
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ async def encode(
         if observation.error or found not in observation.text or not right(task, found):
             return None
         answer = (rng.choice(_FOUND).format(found), "answer", found)
-        seen = dialect.encode_observation(observation.text, agent.limits.observation_tokens)
+        seen = dialect.encode_observation(observation.text)
         ids, labels = ids + own + seen, labels + own + [-100] * len(seen)
     own = dialect.encode_step(*answer)
     return ids + own, labels + own
@@ -106,7 +107,7 @@ def tasks(config: WarmupConfig) -> list[Task]:
 
 def run(
     base: BaseModel,
-    tools: dict[str, Any],
+    toolbox: Toolbox,
     folder: Path,
     work: Path,
     config: WarmupConfig | None = None,
@@ -125,7 +126,7 @@ def run(
     config = config or WarmupConfig()
     set_seed(config.seed)
     keep_freed_memory()
-    rows = asyncio.run(_demonstrations(base, tools, config, progress))
+    rows = asyncio.run(_demonstrations(base, toolbox, config, progress))
     model = fresh_adapter(base, config.rank, config.alpha)
 
     class Report(TrainerCallback):
@@ -171,9 +172,9 @@ def run(
 
 
 async def _demonstrations(
-    base: BaseModel, tools: dict[str, Any], config: WarmupConfig, progress: Callable[[str, int, int], None]
+    base: BaseModel, toolbox: Toolbox, config: WarmupConfig, progress: Callable[[str, int, int], None]
 ) -> list[tuple[list[int], list[int]]]:
-    agent = Agent(_NoEngine(), TapoDialect(base.tokenizer), tools, Limits())
+    agent = Agent(_NoEngine(), TapoDialect(base.tokenizer), toolbox, Limits())
     rng = random.Random(config.seed)
     chosen = tasks(config)
     rows = []

@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-ActionKind = Literal["code", "search", "answer", "invalid"]
+ActionKind = Literal["code", "search", "call", "answer", "invalid"]
 StopReason = Literal["answer", "no_answer", "length", "cancelled"]
+
+
+def calls_a_tool(action: str) -> bool:
+    """Whether a step of this action called a tool; an answer and a generation without an action didn't."""
+    return action in ("code", "search", "call")
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What a tool returned: `text` is what the policy reads; `artifact` (sources, files, backend) is for people."""
+    """What a tool returned: `text` is what the policy reads, within its budget of tokens; `artifact` is for people."""
 
     tool: str
     text: str
@@ -25,7 +30,8 @@ class Step:
     """One generation, and the observation that followed it.
 
     `token_ids`, `logprobs` and `mask` are parallel: first the policy's own tokens (mask 1), then the observation's
-    (mask 0, logprob 0.0). `text` is the policy's own text; `action` and `input` are what it closed with.
+    (mask 0, logprob 0.0). `text` is the policy's own text; `action` and `input` are what it closed with: for a "call",
+    the JSON text that names the tool and its arguments.
     """
 
     index: int
@@ -71,12 +77,12 @@ class Trajectory:
 
     @property
     def tool_calls(self) -> int:
-        return sum(step.action in ("code", "search") for step in self.steps)
+        return sum(calls_a_tool(step.action) for step in self.steps)
 
     @property
     def tool_errors(self) -> int:
         """Tool calls that failed; a generation without an action is no call."""
-        return sum(bool(step.observation and step.observation.error) for step in self.steps if step.action != "invalid")
+        return sum(bool(s.observation and s.observation.error) for s in self.steps if calls_a_tool(s.action))
 
     @property
     def well_formed(self) -> bool:
@@ -97,9 +103,9 @@ class Thinking:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """An action closed; the tool starts now."""
+    """An action closed; the tool starts now. `input` is a program, a query, or any other tool's arguments as JSON."""
 
-    tool: Literal["code", "search"]
+    tool: str
     input: str
 
 

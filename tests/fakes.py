@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from serving.engines.base import EngineError, GenerateRequest, TokenChunk, Unkno
 from serving.model import BaseModel
 from tools.python import PythonTool
 from tools.search import SearchTool, open_library
+from tools.toolbox import Toolbox
 from tools.workspace import Workspaces
 
 Script = Callable[[str], str]  # the context's text -> what the policy writes next
@@ -136,12 +137,14 @@ def make_service(
     documents: Path | None = None,
     workspaces: Workspaces | None = None,
     code: BaseTool | None = None,
+    more: Sequence[BaseTool] = (),
+    key_tools: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[Service, ScriptedEngine]:
     """`documents`: a folder for the index of the search tool; without it the agent has Python only, or `code`."""
     engine = ScriptedEngine(base.tokenizer, calculator)
-    tools: dict[str, BaseTool] = {"code": code or PythonTool()}
+    tools: list[BaseTool] = [code or PythonTool(), *more]
     if documents is not None:
-        tools["search"] = SearchTool(backends=[open_library(documents)])
-    agent = Agent(engine, TapoDialect(base.tokenizer), tools)
+        tools.append(SearchTool(backends=[open_library(documents)]))
+    agent = Agent(engine, TapoDialect(base.tokenizer), Toolbox(tools))
     router = FixedRouter(engine)
-    return Service(store, router, agent, engine, max_answers, workspaces), engine  # type: ignore[arg-type]
+    return Service(store, router, agent, engine, max_answers, workspaces, key_tools), engine  # type: ignore[arg-type]

@@ -9,7 +9,9 @@ from serving.dialects.tapo import TapoDialect
 from serving.engines.base import PromptTooLong, Sampling
 from serving.trajectory import AnswerText, Done, Observation, StepDone, Thinking, ToolCall, ToolResult
 from tests.fakes import ScriptedEngine
-from tools.registry import build_tools
+from tools.python import PythonTool
+from tools.search import SearchOptions, open_search
+from tools.toolbox import Toolbox
 
 ASK = [{"role": "user", "content": "What is 12 * 12?"}]
 CODE = "<think>Compute.</think>\n<code>print(12 * 12)</code>"
@@ -18,7 +20,7 @@ ANSWER = "<think>Done.</think>\n<answer>144</answer>"
 
 @pytest.fixture(scope="module")
 def tools(tmp_path_factory):
-    return build_tools(tmp_path_factory.mktemp("home"))
+    return Toolbox([PythonTool(), open_search(tmp_path_factory.mktemp("home"), SearchOptions())])
 
 
 @pytest.fixture

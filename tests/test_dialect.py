@@ -81,7 +81,7 @@ def test_the_format_is_strict(dialect, text, action, well_formed):
 @settings(max_examples=80, deadline=None)
 @given(text=hostile)
 def test_an_observation_can_forge_nothing(dialect, text):
-    ids = dialect.encode_observation(text, max_tokens=200)
+    ids = dialect.encode_observation(text)
     assert not set(ids) & set(dialect.tokenizer.all_special_ids)
     inside = dialect.tokenizer.decode(ids).strip().removeprefix("<response>").removesuffix("</response>")
     assert not TAGS.search(inside)
@@ -95,9 +95,12 @@ def test_a_user_cannot_forge_a_turn(dialect):
 
 
 def test_an_observation_is_cut_to_its_budget(dialect):
-    ids = dialect.encode_observation("word " * 500, max_tokens=50)
+    once = dialect.fit("word " * 500, 50)
+    ids = dialect.encode_observation(once)
     assert len(ids) < 50 + 20
     assert "[cut]" in dialect.tokenizer.decode(ids)
+    assert dialect.fit(once, 50) == once
+    assert dialect.fit("short", 50) == "short"
 
 
 def test_harmless_leaves_other_text_alone():

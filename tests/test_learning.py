@@ -17,7 +17,9 @@ from serving.engines.llamacpp import LlamaCppEngine
 from serving.trajectory import Done
 from serving.versions import VersionRouter
 from tests.tiny_world import make_base, sums
-from tools.registry import build_tools
+from tools.python import PythonTool
+from tools.search import SearchOptions, open_search
+from tools.toolbox import Toolbox
 
 RECIPE = {
     "group_size": 8, "groups_per_step": 4, "max_rounds": 4, "max_steps": 10, "learning_rate": 3e-3, "warmup_steps": 1,
@@ -39,7 +41,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tools(tmp_path_factory):
-    return build_tools(tmp_path_factory.mktemp("tools"))
+    return Toolbox([PythonTool(), open_search(tmp_path_factory.mktemp("tools"), SearchOptions())])
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def _demonstration(dialect: TapoDialect, rng: random.Random) -> tuple[list[int],
     sign, result = rng.choice([("+", a + b), ("*", a * b)])
     prompt = dialect.render([{"role": "user", "content": f"What is {a} + {b}?"}])
     call = dialect.encode_step("Run it.", "code", f"print({a} {sign} {b})")
-    seen = dialect.encode_observation(str(result), 32)
+    seen = dialect.encode_observation(str(result))
     answer = dialect.encode_step("Done.", "answer", str(result))
     quiet = [-100] * len(prompt), [-100] * len(seen)
     return prompt + call + seen + answer, quiet[0] + call + quiet[1] + answer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from app.settings import Settings
     from serving.model import BaseModel
+    from tools.toolbox import Toolbox
 
 _LABELS = {"rollouts": "  rollouts", "train": "training", "evaluate": "evaluating"}
 
@@ -41,6 +42,7 @@ def train(
     settings = console.settings()
     _be_nice()
     from app.record import open_store
+    from app.tools import open_toolbox
     from feedback_store import StoreError
     from online_rl.loop import RunOptions, RunRefused, run_once
     from online_rl.recipe import RecipeError, load_recipe
@@ -62,6 +64,7 @@ def train(
                      *generate("plain", 20, 0, "heldout")],
             practice=_alternate(*(generate(kind, practice, day, "train") for kind in ("arithmetic", "lookup"))),
             recipe_name=recipe,
+            dialect=settings.dialect,
             evaluation=Sampling(settings.temperature, settings.top_p, 256, seed=1),
         )  # fmt: skip
         with _bars() as listen, open_store(settings) as store:
@@ -69,7 +72,8 @@ def train(
             install_shipped(store, settings.home)
             # What the bundled corpus knows, it answers: practice is judged by it. The web is asked for the rest.
             backends = tuple(sorted(settings.search_backends, key=lambda name: name != "local"))
-            result = run_once(settings.home, store, base, _tools(settings, backends), options, listen)
+            with open_toolbox(settings, backends) as toolbox:
+                result = run_once(settings.home, store, base, toolbox, options, listen)
     except KeyboardInterrupt:
         console.err.print("Interrupted. Nothing is lost: the same command goes on where it was.")
         raise typer.Exit(130) from None
@@ -95,6 +99,7 @@ def warmup(
 ) -> None:
     """Teach the bare base model the dialect, by demonstrations with real tools: how `v0` was made."""
     settings = console.settings()
+    from app.tools import open_toolbox
     from online_rl.warmup import WarmupConfig, run
 
     if out.exists():
@@ -104,10 +109,11 @@ def warmup(
             base = _base(settings, listen)
             folder = out.expanduser().absolute()
             work = settings.home / "warmup"
-            manifest = run(
-                base, _tools(settings, ("local",)), folder, work, WarmupConfig(seed=seed),
-                lambda phase, done, of: listen(phase, done, of, ""),
-            )  # fmt: skip
+            with open_toolbox(settings, ("local",)) as toolbox:
+                manifest = run(
+                    base, toolbox, folder, work, WarmupConfig(seed=seed),
+                    lambda phase, done, of: listen(phase, done, of, ""),
+                )  # fmt: skip
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     except (OSError, RuntimeError, ValueError) as error:
@@ -128,6 +134,7 @@ def evaluate(
 
     settings = console.settings()
     from app.record import open_store
+    from app.tools import open_toolbox
     from feedback_store import NotFound, StoreError
     from online_rl.evaluation import Recorded
     from online_rl.evaluation import evaluate as measure
@@ -135,7 +142,7 @@ def evaluate(
     from online_rl.result_record import EVALUATION, DamagedResults, ResultRecord
     from online_rl.tasks.generated import KINDS, generate
     from serving.agent import Agent, Limits
-    from serving.dialects.tapo import TapoDialect
+    from serving.dialects import make_dialect
     from serving.engines.base import EngineError, Sampling
     from serving.engines.llamacpp import LlamaCppEngine
     from serving.versions import install_shipped
@@ -145,9 +152,11 @@ def evaluate(
         raise console.fail(f"unknown kind {unknown[0]!r}: choose from {', '.join(KINDS)}.")
     chosen = settings.temperature if temperature is None else temperature
 
-    async def go(base: BaseModel, version: str, path: Path, listen: Callable[[str, int, int, str], None]) -> Any:
+    async def go(
+        base: BaseModel, toolbox: Toolbox, version: str, path: Path, listen: Callable[[str, int, int, str], None]
+    ) -> Any:
         engine = LlamaCppEngine(base, slots=16, context=1536)
-        agent = Agent(engine, TapoDialect(base.tokenizer), _tools(settings, ("local",)), Limits(settings.max_turns))
+        agent = Agent(engine, make_dialect(settings.dialect, base.tokenizer), toolbox, Limits(settings.max_turns))
         call = None if seen is None else Recorded(agent.run_tool, seen, "recorded")
         await engine.load(version, path)
         try:
@@ -171,7 +180,8 @@ def evaluate(
             base = _base(settings, listen)
             install_shipped(store, settings.home)
             name = version or store.current_version() or "v0"
-            results, _ = asyncio.run(go(base, name, Path(store.version(name).path), listen))
+            with open_toolbox(settings, ("local",)) as toolbox:
+                results, _ = asyncio.run(go(base, toolbox, name, Path(store.version(name).path), listen))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     except (NotFound, StoreError, EngineError, DamagedResults, OSError, ValueError) as error:
@@ -240,19 +250,6 @@ def _base(settings: Settings, listen: Callable[[str, int, int, str], None]) -> B
     from serving.model import prepare_base
 
     return prepare_base(settings.home, lambda stage: listen(stage, 0, 0, ""))
-
-
-def _tools(settings: Settings, backends: Sequence[str] | None = None) -> dict[str, Any]:
-    from tools.registry import build_tools
-
-    return build_tools(
-        settings.home,
-        backends or settings.search_backends,
-        unsafe=settings.unsafe_without_sandbox,
-        code_timeout_s=settings.python_seconds,
-        search_timeout_s=settings.search_seconds,
-        documents=settings.documents,
-    )
 
 
 def _be_nice() -> None:

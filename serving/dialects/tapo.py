@@ -1,63 +1,54 @@
 """The `tapo` dialect: the tags of the TAPO paper (arXiv 2510.07038), on the model's own chat markup.
 
-A generation is `<think>…</think>` and then one action: `<code>`, `<search>` or `<answer>`. What a tool returned comes
-back as `<response>…</response>`, in tokens that no text can turn into markup: special tokens are never read from
-text, and the dialect's own tags are made harmless in it.
+A generation is `<think>…</think>` and then one action: `<code>`, `<search>` or `<answer>`, or `<call>` with the JSON of
+any further tool's call. What a tool returned comes back as `<response>…</response>`, in tokens that no text can turn
+into markup: special tokens are never read from text, and the dialect's own tags are made harmless in it.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from serving.dialects.base import LAST, MalformedCall, Parsed, cut_to_tokens, read_call
 from serving.trajectory import ActionKind, AnswerText, Thinking
+from tools.arguments import ToolSchema
 
-Tool = Literal["code", "search"]
-TOOLS: tuple[Tool, ...] = ("code", "search")
-
-_RULES = {
-    frozenset(TOOLS): (
-        "Think in <think></think>. To calculate, write Python that prints the result in <code></code>. "
-        "To look up a fact, write a query in <search></search>. The result comes in <response></response>. "
-        "Finish with <answer></answer>."
-    ),
-    frozenset({"code"}): (
-        "Think in <think></think>. To calculate, write Python that prints the result in <code></code>. "
-        "The result comes in <response></response>. Finish with <answer></answer>."
-    ),
-    frozenset({"search"}): (
-        "Think in <think></think>. To look up a fact, write a query in <search></search>. "
-        "The result comes in <response></response>. Finish with <answer></answer>."
-    ),
-    frozenset(): "Think in <think></think>. Finish with <answer></answer>.",
+_USES = {
+    "code": "To calculate, write Python that prints the result in <code></code>.",
+    "search": "To look up a fact, write a query in <search></search>.",
 }
-_NAME = "You are Whetstone, a helpful assistant. "
-_TAGS = "think|code|search|response|answer"
+_CALL = 'To use another tool, write {"name": "...", "arguments": {...}} in <call></call>.'
+_TAGS = "think|code|search|call|response|answer"
 _TAG = re.compile(rf"<(?=/?\s*(?:{_TAGS})\b|\|)", re.IGNORECASE)
-_ACTION = re.compile(r"<(code|search|answer)>(.*?)(?:</\1>|\Z)", re.DOTALL)
+_ACTION = re.compile(r"<(code|search|call|answer)>(.*?)(?:</\1>|\Z)", re.DOTALL)
 _THOUGHT = re.compile(r"<think>(.*?)(?:</think>|\Z)", re.DOTALL)
 _STEP = re.compile(
     rf"\s*<think>(?P<thought>(?:(?!</?(?:{_TAGS})>).)*)</think>"
-    rf"\s*<(?P<action>code|search|answer)>(?P<input>(?:(?!</?(?:{_TAGS})>).)*)</(?P=action)>\s*",
+    rf"\s*<(?P<action>code|search|call|answer)>(?P<input>(?:(?!</?(?:{_TAGS})>).)*)</(?P=action)>\s*",
     re.DOTALL,
 )
+_MARKUP = re.compile(rf"</?(?:{_TAGS})>|<\|[^|>]*\|>")
 _LONGEST_TAG = len("</response>")
+_LONGEST_DESCRIPTION = 300  # characters of a tool's, in the prompt of each answer
 
 INVALID = "Invalid action. Think, then write one code, search or answer block."
-LAST = "No more tools. Give the answer now."
 
 
-@dataclass(frozen=True)
-class Parsed:
-    """What a finished generation says. `input` is exactly what stood between the action's tags."""
+def rules(uses: Sequence[str]) -> str:
+    """What the policy is told it can do, with the sentences of the actions that are on."""
+    result = ["The result comes in <response></response>."] if uses else []
+    return " ".join(["Think in <think></think>.", *uses, *result, "Finish with <answer></answer>."])
 
-    text: str
-    thought: str
-    action: ActionKind
-    input: str
-    well_formed: bool
+
+# What the policy reads where only the dialect's own two tools are on.
+_RULES = {
+    frozenset(names): rules([_USES[name] for name in names])
+    for names in (("code", "search"), ("code",), ("search",), ())
+}
+_NAME = "You are Whetstone, a helpful assistant. "
 
 
 class TapoDialect:
@@ -71,12 +62,20 @@ class TapoDialect:
         if self._start is None or self._end is None or self._start == self._end:
             raise ValueError("The tapo dialect needs a tokenizer with <|im_start|> and <|im_end|>.")
 
-    def render(self, messages: Sequence[dict[str, str]], tools: Iterable[str] = TOOLS) -> list[int]:
+    def render(self, messages: Sequence[dict[str, str]], tools: Iterable[ToolSchema | str] = tuple(_USES)) -> list[int]:
         """The prompt's token ids: rules, then the conversation, then the header of the answer to come.
 
-        A system message adds to the rules. Earlier answers are shown as answers, without their steps.
+        A system message adds to the rules. Earlier answers are shown as answers, without their steps. "code" and
+        "search" need no schema; any further tool is listed with its own.
         """
-        system = _NAME + _RULES[frozenset(t for t in TOOLS if t in set(tools))]
+        tools = list(tools)
+        names = {tool if isinstance(tool, str) else tool.name for tool in tools}
+        further = [tool for tool in tools if isinstance(tool, ToolSchema) and tool.name not in _USES]
+        if further:
+            system = _NAME + rules([*(use for name, use in _USES.items() if name in names), _CALL])
+            system += "".join("\n" + harmless(_listed(tool)) for tool in further)
+        else:
+            system = _NAME + _RULES[frozenset(names & _USES.keys())]
         system += "".join("\n" + m["content"] for m in messages if m["role"] in ("system", "developer"))
         ids = self._message("system", system)
         for message in messages:
@@ -87,23 +86,27 @@ class TapoDialect:
         return [*ids, self._start, *self._encode("assistant\n")]
 
     def stops(self, last: bool = False) -> tuple[str, ...]:
-        """The strings that end a generation; in the last one of an answer, tools are off."""
-        return ("</answer>",) if last else ("</code>", "</search>", "</answer>")
+        return ("</answer>",) if last else ("</code>", "</search>", "</call>", "</answer>")
 
     def parser(self) -> Parser:
         return Parser(self.tokenizer)
 
     def encode_step(self, thought: str, action: ActionKind, text: str) -> list[int]:
-        """The ids of a well-formed step, for demonstrations. Parsing them gives the same three back."""
+        """`text` of a "call" is its JSON, as `write_call` makes it: a tag in it would end it early."""
         return self._encode(f"<think>{thought}</think>\n<{action}>{text}</{action}>")
 
-    def encode_observation(self, text: str, max_tokens: int, last: bool = False) -> list[int]:
-        """A tool's result as ids, its text cut to `max_tokens` tokens."""
-        ids = self._encode(harmless(text))
-        if len(ids) > max_tokens:
-            text = self.tokenizer.decode(ids[:max_tokens]).rstrip("\ufffd") + " [cut]"
+    def fit(self, text: str, max_tokens: int) -> str:
+        return cut_to_tokens(text, max_tokens, self.tokenizer, lambda part: self._encode(harmless(part)))
+
+    def encode_observation(self, text: str, *, last: bool = False, after: Sequence[int] = ()) -> list[int]:
         note = "\n" + LAST if last else ""
         return self._encode(f"\n<response>{harmless(text)}{note}</response>\n")
+
+    def invalid(self, tools: Sequence[ToolSchema]) -> str:
+        return INVALID if all(tool.name in _USES for tool in tools) else INVALID.replace("search or", "search, call or")
+
+    def bare(self, text: str) -> str:
+        return _MARKUP.sub(" ", text).strip()
 
     def _message(self, role: str, content: str) -> list[int]:
         return [self._start, *self._encode(f"{role}\n{content}"), self._end, *self._encode("\n")]
@@ -117,6 +120,17 @@ class TapoDialect:
 def harmless(text: str) -> str:
     """`text` with the dialect's tags and special-token brackets turned into look-alikes that mean nothing."""
     return _TAG.sub("\u2039", text)
+
+
+def _listed(tool: ToolSchema) -> str:
+    """A line of JSON. Empty parts are left out: every token of it is read for every answer."""
+    description = " ".join(tool.description.split())
+    if len(description) > _LONGEST_DESCRIPTION:
+        description = description[: _LONGEST_DESCRIPTION - 4] + " ..."
+    shown = {"name": tool.name, "description": description, "arguments": tool.parameters.get("properties", {})}
+    if required := tool.parameters.get("required"):
+        shown["required"] = required
+    return json.dumps({key: value for key, value in shown.items() if value}, ensure_ascii=False, separators=(",", ":"))
 
 
 class Parser:
@@ -134,7 +148,6 @@ class Parser:
 
     @property
     def answering(self) -> bool:
-        """Whether part of an answer has been shown."""
         return self._shown["answer"] > 0
 
     def feed(self, token_ids: Sequence[int]) -> list[Thinking | AnswerText]:
@@ -158,15 +171,21 @@ class Parser:
         self._shown[tag] += len(grown)
         return grown
 
-    def finish(self, stopped: bool) -> Parsed:
-        """`stopped`: whether generation ended with a closing tag. A step without a closed action is invalid."""
+    def finish(self, stopped: bool, ended: bool = False) -> Parsed:
+        """A step without a closed action is invalid, whatever else it says."""
         text = self.text
-        thought = _THOUGHT.search(text)
+        thought = match[1] if (match := _THOUGHT.search(text)) else ""
         action = _ACTION.search(text)
         whole = _STEP.fullmatch(text)
         closed = action is not None and text[action.start() :].find(f"</{action[1]}>") >= 0
         if not stopped or action is None or not closed:
-            return Parsed(text, thought[1] if thought else "", "invalid", "", False)
+            return Parsed(text, thought, "invalid", "", False)
         well_formed = whole is not None and bool(whole["thought"].strip()) and bool(whole["input"].strip())
         kind: ActionKind = action[1]  # type: ignore[assignment]
-        return Parsed(text, thought[1] if thought else "", kind, action[2], well_formed)
+        if kind != "call":
+            return Parsed(text, thought, kind, action[2], well_formed, kind, action[2].strip())
+        try:
+            call = read_call(action[2])
+        except MalformedCall as error:
+            return Parsed(text, thought, "invalid", "", False, problem=str(error))
+        return Parsed(text, thought, kind, action[2], well_formed, call.tool, call.input)

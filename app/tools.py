@@ -1,0 +1,119 @@
+"""The deployment's tools, made from the settings: what answers, training and evaluation all call."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
+from langchain_core.tools import BaseTool
+
+from app.settings import Settings
+from tools.audit import audit_file
+from tools.custom import load_tools
+from tools.python import Limits, PythonTool
+from tools.search import SearchOptions, open_search
+from tools.toolbox import Toolbox
+from tools.workspace import Workspaces
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def open_toolbox(
+    settings: Settings,
+    search_backends: Sequence[str] | None = None,
+    workspaces: Workspaces | None = None,
+    audit: bool = False,
+) -> Iterator[Toolbox]:
+    """Python, search, the page opener if it is on, the operator's own tools, and those of MCP servers.
+
+    Blocks for some seconds; what was started ends with the block. `search_backends` instead of the settings' own;
+    `workspaces` keep the files of conversations; `audit` writes the audit, if the settings have one. Raises ValueError
+    and OSError with the way out: a setting that can't be used, an index that can't be built. An MCP server that is
+    down costs a warning.
+    """
+    with ExitStack() as stack:
+        write = stack.enter_context(audit_file(settings.home / "audit.jsonl")) if audit and settings.audit else None
+        own = [_python(settings, stack, workspaces), _search(settings, search_backends)]
+        toolbox = Toolbox(own, settings.tool_calls_per_owner, write)
+        toolbox.add(load_tools(settings.tools))
+        if settings.mcp_servers:
+            from tools.mcp import McpServers  # half a second of imports, for those who have one
+
+            stack.enter_context(McpServers(settings.mcp_servers, toolbox))
+        _look_for_unknown(settings, toolbox)
+        yield toolbox
+
+
+def tool_seconds(settings: Settings) -> float:
+    """What one call may take, waiting included."""
+    if settings.tool_seconds is not None:
+        return settings.tool_seconds
+    fetch = [settings.fetch_seconds] if settings.open_pages else []
+    return 2 * max(settings.python_seconds, settings.search_seconds, *fetch)
+
+
+def _python(settings: Settings, stack: ExitStack, workspaces: Workspaces | None) -> BaseTool:
+    limits = replace(
+        Limits(),
+        wall_s=settings.python_seconds,
+        cpu_s=max(1, min(Limits.cpu_s, round(settings.python_seconds))),
+        memory_bytes=settings.python_memory_mb << 20,
+    )
+    if settings.python_backend == "container":
+        from tools.python.container import ContainerBackend
+
+        container = ContainerBackend(
+            limits,
+            image=settings.container_image,
+            runtime=settings.container_runtime,
+            packages=settings.python_packages,
+            pool=settings.python_pool,
+            running=settings.python_running,
+        )
+        stack.callback(container.close)
+        return PythonTool(backend=container, limits=limits, workspaces=workspaces, keep_state=_keeps_state(settings))
+    from tools.python import Bubblewrap
+
+    bubblewrap = Bubblewrap(
+        limits,
+        settings.python_packages,
+        idle=settings.python_pool,
+        running=settings.python_running,
+        unsafe_without_sandbox=settings.unsafe_without_sandbox,
+    )
+    stack.callback(bubblewrap.close)
+    return PythonTool(backend=bubblewrap, limits=limits, workspaces=workspaces, keep_state=_keeps_state(settings))
+
+
+def _keeps_state(settings: Settings) -> bool:
+    return settings.python_state == "conversation"
+
+
+def _search(settings: Settings, backends: Sequence[str] | None) -> BaseTool:
+    options = SearchOptions(
+        backends=backends or settings.search_backends,
+        timeout_s=settings.search_seconds,
+        region=settings.search_region,
+        safe=settings.search_safe,
+        age=settings.search_age,
+        news=settings.search_news,
+        cache_s=settings.search_cache_seconds,
+        per_minute=settings.search_per_minute,
+        searxng_url=settings.searxng_url,
+    )
+    return open_search(settings.home, options, settings.documents)
+
+
+def _look_for_unknown(settings: Settings, toolbox: Toolbox) -> None:
+    """Tell of names in key_tools that no tool has; a server that is down may bring them yet."""
+    for owner, names in settings.key_tools.items():
+        if unknown := [name for name in names if name not in toolbox]:
+            log.warning(
+                "key_tools of %s names %r, and no tool is called that: the tools are %s",
+                owner,
+                unknown[0],
+                ", ".join(toolbox.names()),
+            )
