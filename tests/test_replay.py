@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from langchain_core.tools import BaseTool, StructuredTool
+from langchain_core.tools import StructuredTool
 from typer.testing import CliRunner
 
 from app.cli import app
@@ -30,6 +30,7 @@ from serving.dialects.tapo import TapoDialect
 from serving.engines.base import Sampling
 from serving.trajectory import Done, Observation, Step, StepDone, Trajectory
 from tests.fakes import ScriptedEngine
+from tools.toolbox import Toolbox
 
 QUESTION = [{"role": "user", "content": "What is the capital of Mongolia?"}]
 SOURCE = {"title": "Ulaanbaatar", "url": "https://example.org/ub", "source": "web", "retrieved_at": "2026-01-02"}
@@ -53,20 +54,18 @@ class World:
         await asyncio.sleep(0.001)
         return Observation(tool, f"{tool} {n}", artifact={"n": n}, seconds=float(n))
 
-    def tools(self) -> dict[str, BaseTool]:
+    def toolbox(self) -> Toolbox:
         async def search(query: str) -> tuple[str, dict[str, Any]]:
             seen = await self.call("search", query)
             return f"{HOSTILE} {seen.text}", {"sources": [SOURCE], **seen.artifact}
 
-        async def code(program: str) -> str:
-            return (await self.call("code", program)).text
+        async def code(code: str) -> str:
+            return (await self.call("code", code)).text
 
-        return {
-            "search": StructuredTool.from_function(
-                coroutine=search, name="search", description="The web.", response_format="content_and_artifact"
-            ),
-            "code": StructuredTool.from_function(coroutine=code, name="code", description="Python."),
-        }
+        web = StructuredTool.from_function(
+            coroutine=search, name="search", description="The web.", response_format="content_and_artifact"
+        )
+        return Toolbox([web, StructuredTool.from_function(coroutine=code, name="code", description="Python.")])
 
 
 @pytest.fixture
@@ -124,7 +123,7 @@ def as_task(store: Store, turn_id: str) -> Task:
 
 
 async def test_an_evaluation_without_network_sees_what_the_conversation_saw(base, store, world):
-    agent = Agent(ScriptedEngine(base.tokenizer, policy), TapoDialect(base.tokenizer), world.tools())
+    agent = Agent(ScriptedEngine(base.tokenizer, policy), TapoDialect(base.tokenizer), world.toolbox())
     turn_id = await converse(agent, store)
     task = as_task(store, turn_id)
     await converse(agent, store)  # somebody asked the same since, and the web said something else
@@ -308,7 +307,7 @@ def test_a_resumed_evaluation_is_made_on_the_same_results(home, base, world):
             raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
-        run_once(path, store, base, world.tools(), options, killed)
+        run_once(path, store, base, world.toolbox(), options, killed)
     asked = list(world.asked)
     assert len({input for tool, input in asked if tool == "search"}) == 5
     assert len(asked) == 5 + 4  # a search that four tasks share, and one of each; a program of each
@@ -316,7 +315,7 @@ def test_a_resumed_evaluation_is_made_on_the_same_results(home, base, world):
     with (folder / EVALUATION).open("ab") as file:
         file.write(b'{"result": "cut sho')  # what a kill leaves
 
-    result = run_once(path, store, base, world.tools(), options)
+    result = run_once(path, store, base, world.toolbox(), options)
     assert world.asked == asked  # neither the web nor Python was needed again
     rows = json.loads((folder / "evaluated.json").read_text())
     assert [row["correct"] for row in rows["after"]] == [True] * 4
