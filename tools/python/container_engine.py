@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tools.python import process
 from tools.python.backend import Limits, SandboxUnavailable
 
 _LABEL = "whetstone.sandbox"  # on every container; its value names the process that started it
@@ -274,23 +275,16 @@ def _usual_socket() -> str | None:
 
 def _who(pid: int) -> str:
     """Names a process among all of the machines that may share an engine: its view of processes, id and start."""
-    return f"{_place()}:{pid}:{_started(pid)}"
+    return f"{_place()}:{pid}:{process.started(pid)}"
 
 
 @functools.cache
 def _place() -> str:
     """Two processes are in the same place if each can see by an id whether the other runs."""
-    parts = [socket.gethostname()]
+    parts = [socket.gethostname(), process.namespace()]
     with contextlib.suppress(OSError):
-        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
-
-
-def _started(pid: int) -> str:
-    """When a process started, in the kernel's ticks; empty if it doesn't run or the system doesn't tell."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    return ""
 
 
 def _is_left_over(who: str, state: str) -> bool:
@@ -298,15 +292,5 @@ def _is_left_over(who: str, state: str) -> bool:
     if state in ("exited", "dead"):
         return True
     place, _, rest = who.partition(":")
-    pid, _, started = rest.partition(":")
-    if place != _place() or not pid.isdecimal():
-        return False
-    if started:
-        return _started(int(pid)) != started
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
+    pid, _, start = rest.partition(":")
+    return place == _place() and pid.isdecimal() and not process.runs(int(pid), start)

@@ -1,0 +1,34 @@
+"""Which server a container or a control group belongs to, and whether that server still runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+
+def started(pid: int) -> str:
+    """When a process started, in the kernel's ticks; empty if it doesn't run or the system doesn't tell."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return ""
+
+
+def runs(pid: int, start: str) -> bool:
+    """Whether the process that had this id and `started` then still runs; its id may have another owner by now."""
+    if start:
+        return started(pid) == start
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def namespace() -> str:
+    """Names this process's view of process ids: an id means nothing in another one. Empty if there are no views."""
+    with contextlib.suppress(OSError):
+        return os.readlink("/proc/self/ns/pid").strip("pid:[]")
+    return ""
