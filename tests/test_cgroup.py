@@ -315,6 +315,15 @@ def test_v2_root_of_the_machine(tmp_path: Path) -> None:
     assert group.folders[0].parent == tree.mount
 
 
+def test_v2_mount_with_a_space_in_its_path(tmp_path: Path) -> None:
+    (tmp_path / "a b").mkdir()
+    tree = Tree(tmp_path / "a b", "/")
+    mountinfo = tree.proc / "mountinfo"
+    mountinfo.write_text(mountinfo.read_text().replace("a b", r"a\040b"))
+    group, said = tree.limit()
+    assert group is not None, said
+
+
 def test_v2_missing_controllers_are_told(tmp_path: Path) -> None:
     tree = Tree(tmp_path, "/")
     (tree.own / "cgroup.controllers").write_text("pids\n")

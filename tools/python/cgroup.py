@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ LEAF = "whetstone-server"  # where the server's own processes move to, if they m
 _PREFIX = "whetstone-sandboxes-"
 _PERIOD_US = 100_000
 _KILL_S = 5.0
+_ESCAPED = re.compile(r"\\([0-7]{3})")  # a space in a path is written \040
 _DELEGATE = (
     "Run the server as a systemd service with Delegate=yes and DelegateSubgroup=server, or by "
     "`systemd-run --user --scope -p Delegate=yes`, or in a container of its own with writable cgroups"
@@ -234,8 +236,8 @@ def _mounts(text: str) -> Iterator[tuple[str, str, Path, list[str]]]:
         left, _, right = line.partition(" - ")
         fields, kinds = left.split(), right.split()
         if len(fields) >= 5 and len(kinds) >= 3:
-            mount = fields[4].encode().decode("unicode_escape")  # a space in it is written \040
-            yield kinds[0], fields[3], Path(mount), kinds[2].split(",")
+            root, mount = (_ESCAPED.sub(lambda found: chr(int(found[1], 8)), field) for field in fields[3:5])
+            yield kinds[0], root, Path(mount), kinds[2].split(",")
 
 
 def _below(mount: Path, root: str, path: str) -> Path | None:
