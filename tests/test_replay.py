@@ -62,10 +62,15 @@ class World:
         async def code(code: str) -> str:
             return (await self.call("code", code)).text
 
+        async def weather(city: str, unit: str) -> str:
+            return (await self.call("weather", f"{city} in {unit}")).text
+
         web = StructuredTool.from_function(
             coroutine=search, name="search", description="The web.", response_format="content_and_artifact"
         )
-        return Toolbox([web, StructuredTool.from_function(coroutine=code, name="code", description="Python.")])
+        python = StructuredTool.from_function(coroutine=code, name="code", description="Python.")
+        own = StructuredTool.from_function(coroutine=weather, name="weather", description="The weather of a city.")
+        return Toolbox([web, python, own])
 
 
 @pytest.fixture
@@ -80,15 +85,16 @@ def store(tmp_path: Path) -> Any:
 
 
 def policy(context: str) -> str:
-    """Searches twice, with a program between, and answers."""
+    """Searches, computes, searches, asks for the weather, and answers."""
     tail = context[context.rfind("<|im_start|>user") :]
     about = tail.split("\n")[1].split("<|im_end|>")[0]
     return [
         f"<think>Look.</think><search>{about}</search>",
         "<think>Compute.</think><code>print(6 * 7)</code>",
         "<think>Look again.</think><search>population of Ulaanbaatar</search>",
+        '<think>Cold?</think><call>{"arguments":{"unit":"C",  "city": "Ulaanbaatar"}, "name": "weather"}</call>',
         "<think>Done.</think><answer>Ulaanbaatar</answer>",
-    ][min(tail.count("<response>"), 3)]
+    ][min(tail.count("<response>"), 4)]
 
 
 async def converse(agent: Agent, store: Store) -> str:
@@ -127,7 +133,7 @@ async def test_an_evaluation_without_network_sees_what_the_conversation_saw(base
     turn_id = await converse(agent, store)
     task = as_task(store, turn_id)
     await converse(agent, store)  # somebody asked the same since, and the web said something else
-    searches = sum(tool == "search" for tool, _ in world.asked)
+    outside = sum(tool != "code" for tool, _ in world.asked)
     world.gone = True
 
     sides = []
@@ -136,19 +142,19 @@ async def test_an_evaluation_without_network_sees_what_the_conversation_saw(base
         _, (trajectory,) = await evaluate([task], agent, "v0", Sampling(seed=1), recorded)
         assert recorded.misses == 0
         sides.append(trajectory)
-    assert sum(tool == "search" for tool, _ in world.asked) == searches == 4
+    assert sum(tool != "code" for tool, _ in world.asked) == outside == 6
 
     seen = store.turn(turn_id).steps
     for trajectory in sides:
-        assert [step.action for step in trajectory.steps] == ["search", "code", "search", "answer"]
+        assert [step.action for step in trajectory.steps] == ["search", "code", "search", "call", "answer"]
         for step, before in zip(trajectory.steps, seen, strict=True):
             assert (step.input, step.action) == (before.input, before.action)
-            if step.action == "search":
+            if step.action in ("search", "call"):
                 assert before.observation is not None
                 assert step.observation is not None
                 assert vars(step.observation) == vars(before.observation)
-                assert step.observation.artifact["sources"] == [SOURCE]
                 assert step.token_ids == before.token_ids
+        assert trajectory.steps[0].observation.artifact["sources"] == [SOURCE]
         assert trajectory.prompt_ids == store.turn(turn_id).prompt_ids
 
 
@@ -310,7 +316,7 @@ def test_a_resumed_evaluation_is_made_on_the_same_results(home, base, world):
         run_once(path, store, base, world.toolbox(), options, killed)
     asked = list(world.asked)
     assert len({input for tool, input in asked if tool == "search"}) == 5
-    assert len(asked) == 5 + 4  # a search that four tasks share, and one of each; a program of each
+    assert len(asked) == 5 + 4 + 1  # a search that four tasks share and one of each, a program of each, the weather
     world.gone = True
     with (folder / EVALUATION).open("ab") as file:
         file.write(b'{"result": "cut sho')  # what a kill leaves
