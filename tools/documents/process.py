@@ -35,7 +35,7 @@ class DocumentReader:
         self._closed = False
 
     def start(self) -> None:
-        """Start the child, so that it is ready when the document is."""
+        """Start the child, so that it is ready when the document is. Raises OSError where no process can be."""
         if self._closed:
             raise Unreadable("wasn't read: the reader is closed")
         if self._child is None:
@@ -67,7 +67,7 @@ class DocumentReader:
         header = {"media_type": media_type, "charset": charset, "bytes": len(data), "seconds": self.timeout_s}
         try:
             answer = _ask(child, data, header)
-        except (OSError, EOFError, ValueError):
+        except (OSError, EOFError, ValueError):  # its pipes are closed
             self._stop()
             if late.is_set():
                 reason = f"takes more than {self.timeout_s:g} s to read"
