@@ -26,7 +26,7 @@ def figure(text: str = "sales") -> bytes:
 
 
 class Artist(BaseTool):
-    """Adds up the conversation's first file, draws it and writes the sum, and a page with a script in it."""
+    """Adds up the conversation's .csv files, draws them and writes the sum, and a page with a script in it."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
@@ -38,8 +38,9 @@ class Artist(BaseTool):
 
     async def _arun(self, code: str) -> tuple[str, dict[str, Any]]:
         conversation = self.store.conversations()[0].id
-        given = [file for file in self.workspaces.load(conversation) if file.name.endswith(".csv")]
-        total = sum(int(line) for line in given[0].data.decode().split() if line.isdigit()) if given else 0
+        given = self.workspaces.load(conversation)
+        lines = [line for file in given if file.name.endswith(".csv") for line in file.data.decode().split()]
+        total = sum(int(line) for line in lines)
         written = [
             self.workspaces.write(conversation, "total.txt", str(total).encode()),
             self.workspaces.write(conversation, "<img src=x onerror=alert(1)>.html", b"<script>alert(1)</script>"),

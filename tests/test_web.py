@@ -8,21 +8,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from app.api.guard import owner_of
 from app.service import Finished, Service, Started
 from app.settings import Settings
 from app.web import verdicts
+from app.web.files import attach
 from app.web.page import Session, respond, status_line
 from app.web.safe import as_code, as_markdown
 from app.web.transcript import Transcript
-from feedback_store import Store
+from feedback_store import NotFound, Store
 from serving.model import BaseModel
 from serving.trajectory import AnswerText, Observation, Step, StepDone, Thinking, ToolCall, ToolResult, Trajectory
+from tests.artist import figure
 from tests.fakes import ScriptedEngine, make_service
+from tools.workspace import WorkspaceFull, Workspaces
 
 STARTED = Started("turn_1", "conv_1", "v0", 10)
 
@@ -67,6 +72,119 @@ def test_the_panels_of_an_answer() -> None:
     assert "```python\nprint(6*7)\n```" in tool["content"]
     assert "42" in tool["content"]
     assert text["content"] == "It is 42.\n\n*v0 · 1 tool call · 1.0 s*"
+
+
+SALES = {"title": "Sales](javascript:alert(1))", "url": "https://example.org/sales", "source": "Example"}
+PRICES = {"title": "Prices", "url": "javascript:alert(1)", "source": "Price <b>list</b>"}
+
+
+def test_figures_and_files_stand_under_their_panel_and_sources_under_the_answer() -> None:
+    left = {
+        "images": [{"name": "ab.png", "media_type": "image/png"}, {"name": "../x.png", "media_type": "image/png"}],
+        "files": [{"name": "<b>](x) ![y](z).csv", "bytes": 1234, "media_type": "text/csv"}],
+        "sources": [SALES, PRICES],
+    }
+    observation = Observation("code", "42", artifact=left)
+    transcript = Transcript()
+    transcript.feed(STARTED)
+    transcript.feed(ToolCall("code", "plot()"))
+    transcript.feed(ToolResult(observation))
+    transcript.feed(StepDone(step("code", "plot()", observation)))
+    transcript.feed(
+        Finished(STARTED, Trajectory([1], [step("code", "plot()", observation)], "Done.", "answer", "v0"), None)
+    )
+    panel, shown, answer = transcript.messages
+    assert panel["metadata"]["title"] == "Python: plot()"
+    assert "metadata" not in shown, "what is shown without opening a panel"
+    html = MarkdownIt().render(shown["content"])
+    assert '<img src="conversations/conv_1/images/ab.png" alt="Figure 1"' in html
+    assert html.count("<img") == 1
+    assert html.count("<a ") == 1
+    assert ">&lt;b&gt;](x) ![y](z).csv</a> 1.2 kB" in html
+    html = MarkdownIt().render(answer["content"])
+    assert '<a href="https://example.org/sales">Sales](javascript:alert(1))</a> (Example)' in html
+    assert "Prices (Price &lt;b&gt;list&lt;/b&gt;)" in html
+    assert html.count("<a ") == 1
+    assert html.rstrip().endswith("<em>v0 · 1 tool call · 0.5 s</em></p>")
+
+
+def test_any_tool_has_a_panel() -> None:
+    transcript = Transcript()
+    transcript.feed(ToolCall("weather", '{"city": "Ulm"}'))
+    transcript.feed(ToolResult(Observation("weather", "rain")))
+    assert transcript.messages[0]["metadata"]["title"] == 'weather: {"city": "Ulm"}'
+
+
+async def test_attached_files_reach_the_conversation_and_the_question(
+    base: BaseModel, store: Store, tmp_path: Path
+) -> None:
+    service, engine = make_service(base, store, workspaces=Workspaces(tmp_path / "files"))
+    upload = tmp_path / "cafe\u0301.csv"
+    upload.write_bytes(b"1")
+    conversation, names = await attach(service, "local", None, [str(upload)])
+    assert names == ["caf\u00e9.csv"]
+    assert not upload.exists()
+    read: list[str] = []
+    engine.script = lambda context: read.append(context) or "<think>x</think><answer>Yes.</answer>"  # type: ignore[func-returns-value]
+    session = Session(conversation)
+    frames = [
+        frame async for frame in respond(service, Settings(home=tmp_path), "local", "Read it", [], session, names)
+    ]
+    assert "Attached files: caf\u00e9.csv" in read[0]
+    assert "Attached:" in frames[-1][0]["content"]
+    assert [turn.conversation_id for turn in store.turns()] == [conversation]
+    with pytest.raises(NotFound):
+        await attach(service, "key-other", conversation, [])
+
+
+async def test_a_refused_attachment_is_still_there(base: BaseModel, store: Store, tmp_path: Path) -> None:
+    service, _ = make_service(base, store, workspaces=Workspaces(tmp_path / "files", max_bytes=3))
+    small, big = tmp_path / "small", tmp_path / "big"
+    small.write_bytes(b"1")
+    big.write_bytes(b"1234")
+    with pytest.raises(WorkspaceFull, match="FILES_MB"):
+        await attach(service, "local", None, [str(small), str(big)])
+    assert small.exists()
+    assert big.exists()
+    with pytest.raises(FileNotFoundError):
+        await attach(service, "local", None, [str(tmp_path / "gone")])
+
+
+@pytest.fixture
+def two_logins(base: BaseModel, store: Store, tmp_path: Path) -> tuple[str, list[str], httpx.ASGITransport]:
+    """A file and a figure of the first key's owner, as paths of the chat, and the chat behind a login."""
+    from app.web.app import create_web
+
+    workspaces = Workspaces(tmp_path / "files")
+    service, _ = make_service(base, store, workspaces=workspaces)
+    conversation = store.create_conversation(owner_of(b"one"))
+    workspaces.write(conversation, "page.html", b"<script>alert(1)</script>")
+    drawn = workspaces.write_image(conversation, figure())
+    paths = [f"/conversations/{conversation}/files/page.html", f"/conversations/{conversation}/images/{drawn}"]
+    settings = Settings(home=tmp_path, api_keys=["one", "two"])  # type: ignore[arg-type]
+    return conversation, paths, httpx.ASGITransport(create_web(service, settings))
+
+
+async def test_only_the_owner_fetches_files_and_figures(
+    two_logins: tuple[str, list[str], httpx.ASGITransport],
+) -> None:
+    conversation, paths, transport = two_logins
+    for key, status in (("one", 200), ("two", 404), (None, 401)):
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            if key is not None:
+                login = {"username": owner_of(key.encode()), "password": key}
+                assert (await client.post("/login", data=login)).status_code == 200
+            answers = [await client.get(path) for path in paths]
+            assert [answer.status_code for answer in answers] == [status, status]
+            if status == 200:
+                page, drawn = answers
+                assert page.headers["content-type"] == "application/octet-stream"
+                assert page.headers["content-disposition"].startswith("attachment")
+                assert "sandbox" in page.headers["content-security-policy"]
+                assert drawn.headers["content-type"] == "image/png"
+                assert (await client.get(f"/conversations/{conversation}/files/none")).status_code == 404
+                traversal = await client.get(f"/conversations/{conversation}/files/..%2f..%2fstore.db")
+                assert traversal.status_code == 404
 
 
 def test_a_failed_tool_and_an_unclear_action_say_so() -> None:

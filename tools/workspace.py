@@ -163,7 +163,7 @@ class Workspaces:
             yield None
             return
         except OSError as error:
-            if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            if error.errno in (errno.ELOOP, errno.ENOTDIR) and os.path.lexists(self.root / conversation_id):
                 raise FileMissing(f"{self.root / conversation_id} isn't a folder: remove it.") from error
             raise
         try:
