@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from app.cli import app
 from tools.documents import DocumentReader, Reading, Section, Unreadable, passages
 from tools.documents.formats import decode, read
+from tools.fetch import FetchTool
 from tools.search import (
     BackendUnavailable,
     LocalIndex,
@@ -126,7 +127,7 @@ def test_every_format_is_found_with_a_source_to_cite(home: Path, folder: Path) -
         ("canoes", "Trip to the lake", "We hired canoes & paddles.", "trip.html", "trip.html#trip-to-the-lake"),
         ("price of the ferry", "Trip to the lake: Costs", "The ferry was 12 euros a person.", "trip.html",
          "trip.html#costs"),
-        ("deposit", "Lease of flat 7", "The deposit is three rents, returnable in May.", "lease.pdf",
+        ("deposit", "Lease of flat 7", "The deposit is three rents, returnable in May.", "lease.pdf, page 2",
          "lease.pdf#page=2"),
     ]:  # fmt: skip
         assert find(home, query) == [SearchHit(title, text, source, f"My%20papers/{url}")]
@@ -288,6 +289,16 @@ def test_a_reader_that_hangs_or_crashes_is_replaced(tmp_path: Path) -> None:
         assert reader.read(b"numbat", "text/plain").text == "numbat"
     with pytest.raises(Unreadable, match="closed"):
         reader.read(b"x", "text/plain")
+
+
+async def test_no_process_to_read_with_is_an_error_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object, **__: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", none)
+    text, artifact = await FetchTool()._arun("https://example.com/")
+    assert artifact["error"]
+    assert "no process can be started" in text
 
 
 def test_folders_are_remembered_and_forgotten(home: Path, folder: Path, tmp_path: Path) -> None:

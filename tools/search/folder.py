@@ -187,7 +187,7 @@ def _update(database: sqlite3.Connection, root: Path, added: bool, progress: Pro
 def _read(database: sqlite3.Connection, root: Path, file: Found, old_hash: str, reader: DocumentReader) -> bool:
     """Put one file into the index as it is now. False if its content was there already."""
     name = display_name(file.path)
-    rows: list[tuple[str, str, str, str]] = []  # title, what its title is known by, text, url
+    rows: list[tuple[str, str, str, str, str]] = []  # title, what it is known by, text, url, source
     size, mtime_ns, digest, note = file.size, file.mtime_ns, "", ""
     try:
         data = read_file(root, file)
@@ -204,7 +204,10 @@ def _read(database: sqlite3.Connection, root: Path, file: Found, old_hash: str, 
         for passage in passages(reading):
             known_by = passage.heading or title
             shown = title if known_by == title else f"{title}: {known_by}"
-            rows.append((shown, known_by, passage.text, f"{url}#{passage.anchor}" if passage.anchor else url))
+            page = passage.anchor.removeprefix("page=") if passage.anchor.startswith("page=") else ""
+            source = f"{name}, page {page}" if page else name  # a chat shows this and, of such a url, nothing
+            place = f"{url}#{passage.anchor}" if passage.anchor else url
+            rows.append((shown, known_by, passage.text, place, source))
     except Unreadable as error:
         note = str(error)
     except OSError as error:
@@ -219,9 +222,9 @@ def _read(database: sqlite3.Connection, root: Path, file: Found, old_hash: str, 
             values,
         ).fetchall()
         _forget(database, id)
-        for shown, known_by, text, url in rows:
+        for shown, known_by, text, place, source in rows:
             insert = "INSERT INTO documents (title, body, id, source) VALUES (?, ?, ?, ?)"
-            document = database.execute(insert, (shown, text, url, name)).lastrowid
+            document = database.execute(insert, (shown, text, place, source)).lastrowid
             database.execute("INSERT INTO titles VALUES (?, ?, ?)", (" ".join(words(known_by)), document, id))
     return True
 
