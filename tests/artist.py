@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 from typing import Any, Literal
 
+from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import BaseTool
 from PIL import Image, ImageDraw
 from pydantic import ConfigDict
 
-from feedback_store import Store
+from tools.context import context_of
 from tools.workspace import Workspaces
 
 
@@ -33,11 +34,10 @@ class Artist(BaseTool):
     name: str = "code"
     description: str = "Draw."
     response_format: Literal["content", "content_and_artifact"] = "content_and_artifact"
-    store: Store
     workspaces: Workspaces
 
-    async def _arun(self, code: str) -> tuple[str, dict[str, Any]]:
-        conversation = self.store.conversations()[0].id
+    async def _arun(self, code: str, config: RunnableConfig) -> tuple[str, dict[str, Any]]:
+        conversation = context_of(config).conversation_id
         given = self.workspaces.load(conversation)
         lines = [line for file in given if file.name.endswith(".csv") for line in file.data.decode().split()]
         total = sum(int(line) for line in lines)

@@ -18,6 +18,7 @@ from feedback_store import Store
 from serving.model import BaseModel
 from tests.artist import Artist, figure
 from tests.fakes import make_service
+from tools.python import PythonTool
 from tools.workspace import Workspaces
 
 SUM = {"model": "whetstone", "messages": [{"role": "user", "content": "What is 6 * 7?"}]}
@@ -49,7 +50,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 async def world(base: BaseModel, store: Store, tmp_path: Path) -> AsyncIterator[World]:
     """Two keys: `client` has the first. A conversation may have 1 MB and five files."""
     workspaces = Workspaces(tmp_path / "files", 1 << 20, max_files=5)
-    service, _ = make_service(base, store, workspaces=workspaces, code=Artist(store=store, workspaces=workspaces))
+    service, _ = make_service(base, store, workspaces=workspaces, code=Artist(workspaces=workspaces))
     settings = Settings(home=tmp_path, api_keys=KEYS, files_mb=1, max_body_bytes=50_000)  # type: ignore[arg-type]
     transport = httpx.ASGITransport(create_app(service, settings), raise_app_exceptions=False)
     headers = {"Authorization": f"Bearer {KEYS[0]}"}
@@ -260,3 +261,26 @@ async def test_a_disk_that_fails_is_told(world: World) -> None:
     world.workspaces.root.write_text("in the way")
     refused = await world.upload(("a.txt", b"1"))
     assert (refused.status_code, error_of(refused)["code"]) == (503, "files_unavailable")
+
+
+async def test_a_program_in_the_sandbox_reads_draws_and_writes(base: BaseModel, store: Store, tmp_path: Path) -> None:
+    program = (
+        "import pandas as pd\nimport matplotlib.pyplot as plt\n"
+        "sales = pd.read_csv('sales.csv')\nsales.plot(x='month', y='sold')\nplt.show()\n"
+        "sales.tail(1).to_csv('last.csv', index=False)\nprint(sales.sold.sum())"
+    )
+    workspaces = Workspaces(tmp_path / "files")
+    service, engine = make_service(base, store, workspaces=workspaces, code=PythonTool(workspaces=workspaces))
+    asked = engine.script
+    engine.script = lambda text: asked(text).replace("print(6 * 7)", program)
+    transport = httpx.ASGITransport(create_app(service, Settings(home=tmp_path)), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=120) as client:
+        id_ = (await client.post("/v1/conversations")).json()["id"]
+        sales = {"files": ("sales.csv", b"month,sold\n1,20\n2,22\n")}
+        assert (await client.post(f"/v1/conversations/{id_}/files", files=sales)).status_code == 200
+        told = (await client.post("/v1/chat/completions", json={**SUM, "metadata": {"conversation_id": id_}})).json()
+        assert told["choices"][0]["message"]["content"].startswith("The result is 42")
+        (written,), (drawn,) = told["whetstone"]["files"], told["whetstone"]["images"]
+        assert written["name"] == "last.csv", "what it only read isn't among what it wrote"
+        assert (await client.get(written["path"])).text == "month,sold\n2,22\n"
+        assert (await client.get(drawn["path"])).content.startswith(b"\x89PNG")

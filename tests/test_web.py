@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def test_the_panels_of_an_answer() -> None:
     transcript.feed(Finished(STARTED, Trajectory([1], [call, answer], "It is 42.", "answer", "v0"), None))
     thought, tool, text = transcript.messages
     assert thought["content"] == "I will multiply."
-    assert tool["metadata"]["title"] == "Python: print(6*7)"
+    assert unescape(tool["metadata"]["title"]) == "Python: print(6*7)"
     assert tool["metadata"]["duration"] == 0.25
     assert "```python\nprint(6*7)\n```" in tool["content"]
     assert "42" in tool["content"]
@@ -94,7 +95,7 @@ def test_figures_and_files_stand_under_their_panel_and_sources_under_the_answer(
         Finished(STARTED, Trajectory([1], [step("code", "plot()", observation)], "Done.", "answer", "v0"), None)
     )
     panel, shown, answer = transcript.messages
-    assert panel["metadata"]["title"] == "Python: plot()"
+    assert unescape(panel["metadata"]["title"]) == "Python: plot()"
     assert "metadata" not in shown, "what is shown without opening a panel"
     html = MarkdownIt().render(shown["content"])
     assert '<img src="conversations/conv_1/images/ab.png" alt="Figure 1"' in html
@@ -112,7 +113,18 @@ def test_any_tool_has_a_panel() -> None:
     transcript = Transcript()
     transcript.feed(ToolCall("weather", '{"city": "Ulm"}'))
     transcript.feed(ToolResult(Observation("weather", "rain")))
-    assert transcript.messages[0]["metadata"]["title"] == 'weather: {"city": "Ulm"}'
+    assert unescape(transcript.messages[0]["metadata"]["title"]) == 'weather: {"city": "Ulm"}'
+
+
+@pytest.mark.parametrize(
+    "line", ["__import__('os') * 2 * 3", "<img src=x onerror=alert(1)>", "![a](https://b.example)"]
+)
+def test_a_panels_title_is_shown_as_it_is(line: str) -> None:
+    transcript = Transcript()
+    transcript.feed(ToolCall("code", line))
+    shown = MarkdownIt().render(transcript.messages[0]["metadata"]["title"])
+    assert shown.count("<") == 2, shown
+    assert unescape(shown).strip() == f"<p>Python: {line}</p>"
 
 
 async def test_attached_files_reach_the_conversation_and_the_question(

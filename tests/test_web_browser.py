@@ -80,7 +80,7 @@ def workspaces(tmp_path: Path) -> Workspaces:
 @pytest.fixture
 async def drawing(base: BaseModel, store: Store, workspaces: Workspaces, tmp_path: Path) -> AsyncIterator[Page]:
     """A chat whose programs draw a figure and write files."""
-    service, _ = make_service(base, store, workspaces=workspaces, code=Artist(store=store, workspaces=workspaces))
+    service, _ = make_service(base, store, workspaces=workspaces, code=Artist(workspaces=workspaces))
     async with chat_of(service, tmp_path) as opened:
         yield opened
 

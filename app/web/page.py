@@ -47,10 +47,14 @@ EXAMPLES = (  # Python, search, Python after some thought, no tool
 
 @dataclass
 class Session:
-    """One browser tab: its conversation, and which messages on the page belong to which turn."""
+    """One browser tab: its conversation, what its page shows, and which messages there belong to which turn.
+
+    What is shown is kept here and not asked of the browser, which could send messages of any kind.
+    """
 
     conversation_id: str | None = None
     turns: list[tuple[int, int, str]] = field(default_factory=list)  # first and last message, turn id
+    shown: list[ChatMessage] = field(default_factory=list)
 
     @property
     def last_turn(self) -> str | None:
@@ -160,12 +164,11 @@ def build(service: Service, settings: Settings) -> gr.Blocks:
             teach = gr.Button("Teach", scale=1, min_width=92, elem_id="teach")
         line = gr.Markdown("", elem_id="verdict-line", sanitize_html=True)
 
-        async def on_ask(
-            question: Asked, shown: list[ChatMessage], tab: Session, request: gr.Request
-        ) -> AsyncGenerator[list[ChatMessage]]:
+        async def on_ask(question: Asked, tab: Session, request: gr.Request) -> AsyncGenerator[list[ChatMessage]]:
             owner, (text, names) = owner_of_request(request), question
-            async with aclosing(respond(service, settings, owner, text, shown, tab, names)) as frames:
+            async with aclosing(respond(service, settings, owner, text, tab.shown, tab, names)) as frames:
                 async for frame in frames:
+                    tab.shown = frame
                     yield frame
 
         async def on_teach(gold: str, chosen: str, tab: Session, request: gr.Request) -> tuple[str, str]:
@@ -214,7 +217,7 @@ def build(service: Service, settings: Settings) -> gr.Blocks:
         for trigger in (started, chosen):
             running = trigger.success(busy, None, [send, stop, new, line], show_progress="hidden", **private)
             answering = running.then(
-                on_ask, [asked, chat, session], chat, show_progress="hidden",
+                on_ask, [asked, session], chat, show_progress="hidden",
                 concurrency_limit=settings.max_answers, concurrency_id="answers", **private,
             )  # fmt: skip
             answering.then(idle, session, [send, stop, new, verdict], show_progress="hidden", **private)

@@ -118,8 +118,9 @@ def _panel(title: str, content: str, pending: bool = False, **metadata: Any) -> 
 
 
 def _call_title(call: ToolCall) -> str:
+    """The first line, shown as it is: a panel's title is Markdown too."""
     first = call.input.strip().splitlines()[0] if call.input.strip() else ""
-    return f"{_TITLES.get(call.tool, call.tool)}: {first[:60]}{'…' if len(first) > 60 else ''}"
+    return f"{_TITLES.get(call.tool, as_words(call.tool))}: {as_words(first[:60])}{'…' if len(first) > 60 else ''}"
 
 
 def _call_body(call: ToolCall) -> str:
