@@ -113,7 +113,9 @@ class ResultRecord:
                         self._take(line)
                         self._bytes += len(line)
         except FileNotFoundError:
-            raise FileNotFoundError(f"There is no record of tool results {path}.") from None
+            raise FileNotFoundError(
+                f"There is no record of tool results {path}: a run makes it when it evaluates."
+            ) from None
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             reason = str(error) if isinstance(error, _Wrong) else f"it isn't a line of this record ({error!r})"
             raise DamagedResults(
