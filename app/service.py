@@ -132,9 +132,7 @@ class Service:
             recording = _Recording(self.store, started.turn_id)
             stack.push_async_exit(recording.close)
             context = ToolContext(question.owner, started.conversation_id, started.turn_id)
-            events = self._agent.answer(
-                question.messages, version, question.sampling, context=context, allowed=allowed
-            )
+            events = self._agent.answer(question.messages, version, question.sampling, context=context, allowed=allowed)
             stack.push_async_callback(events.aclose)
             yield started
             async for event in events:

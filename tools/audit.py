@@ -12,6 +12,8 @@ from typing import Any
 
 from tools.toolbox import Audit
 
+log = logging.getLogger(__name__)
+
 MAX_BYTES = 10_000_000
 KEPT_FILES = 5
 
@@ -29,7 +31,10 @@ def audit_file(path: Path, max_bytes: int = MAX_BYTES, kept: int = KEPT_FILES) -
     try:
         yield write
     finally:
-        handler.close()
+        try:
+            handler.close()
+        except OSError as error:  # what a full disk didn't take
+            log.warning("the end of the audit is lost: %s", error)
 
 
 class _Handler(RotatingFileHandler):

@@ -77,7 +77,7 @@ async def _invoke(
         error = message.status == "error" or bool(artifact.get("error"))
         return as_text(message.content), error, artifact
     except ToolException as error:  # LangChain's own way to tell the policy something
-        return str(error) or "ToolException", True, {"exception": type(error).__name__}
+        return _words(error) or "ToolException", True, {"exception": "ToolException"}
     except Exception as error:
         return f"{type(error).__name__}: {_words(error)}", True, {"exception": type(error).__name__}
 
@@ -121,10 +121,10 @@ async def _in_thread(name: str, function: Callable[[], Any]) -> Any:
         result, error = None, None
         try:
             result = context.run(function)
-        except Exception as raised:
+        except (Exception, SystemExit, KeyboardInterrupt) as raised:
             error = raised
-        except BaseException as raised:  # sys.exit() in a tool; a future refuses some of these
-            error = RuntimeError(f"{type(raised).__name__}: {raised}")
+            if not isinstance(raised, Exception) or isinstance(raised, StopIteration):  # a future refuses these
+                error = RuntimeError(f"{type(raised).__name__}: {raised}")
         with _stuck_lock:
             ended.set()
             if left:

@@ -34,6 +34,8 @@ from mcp.types import Tool as Definition
 from tools.toolbox import Toolbox
 
 log = logging.getLogger(__name__)
+# It writes a traceback for each connection that ends; what that means for a call is said in the call's result.
+logging.getLogger("mcp.client.streamable_http").setLevel(logging.CRITICAL)
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,32}")
 _KINDS: dict[str, Any] = {
@@ -45,6 +47,7 @@ _KINDS: dict[str, Any] = {
 }
 _NOT_SETTINGS = {"session_kwargs", "httpx_client_factory", "auth"}  # Python objects: a file can't hold them
 _PAUSE_S = (1.0, 300.0)  # before a server is tried again: at first, and at most
+_STOP_S = 8.0  # for all servers to end: the library asks a process for 2 s, then with a signal, then kills it
 _FRESH_S = 1.0  # a session that answered so lately isn't asked whether it lives
 _PING_S = 2.0
 _SESSION_TERMINATED = 32600  # as the library's HTTP client says it
@@ -64,11 +67,10 @@ class McpServers:
     """
 
     def __init__(self, connections: Mapping[str, Mapping[str, Any]], toolbox: Toolbox, start_s: float = 15.0) -> None:
+        checked = {name: _connection(name, given) for name, given in connections.items()}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="mcp", daemon=True)
-        self._servers = [
-            _Server(name, _connection(name, given), self._loop, toolbox, start_s) for name, given in connections.items()
-        ]
+        self._servers = [_Server(name, given, self._loop, toolbox, start_s) for name, given in checked.items()]
         self._start_s = start_s
 
     def __enter__(self) -> McpServers:
@@ -81,7 +83,7 @@ class McpServers:
         if self._servers:
             stopping = asyncio.run_coroutine_threadsafe(self._stop(), self._loop)
             with suppress(TimeoutError):
-                stopping.result(10.0)
+                stopping.result(_STOP_S + 2.0)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(5.0)
         if not self._thread.is_alive():
@@ -97,16 +99,21 @@ class McpServers:
 
     async def _start(self) -> None:
         self._tasks = [asyncio.create_task(server.serve()) for server in self._servers]
-        await asyncio.wait([asyncio.ensure_future(server.settled()) for server in self._servers], timeout=self._start_s)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._start_s):
+                for server in self._servers:
+                    await server.settled()
         for server in self._servers:  # in the order of the settings, so that prompts are the same each time
             server.publish()
             if not server.is_up:
                 log.warning("the MCP server %s is down, and is tried again later: %s", server.name, server.why)
 
     async def _stop(self) -> None:
-        for task in self._tasks:
+        for server in self._servers:
+            server.stop()
+        _, left = await asyncio.wait(self._tasks, timeout=_STOP_S)
+        for task in left:
             task.cancel()
-        await asyncio.wait(self._tasks)
 
 
 class McpTool(BaseTool):
@@ -156,6 +163,8 @@ class _Server:
         self._published: list[Definition] | None = None  # None until the toolbox wants them
         self._names: list[str] = []
         self._heard = 0.0
+        self._stopping = False
+        self._opening: asyncio.Timeout | None = None
         self._lost = asyncio.Event()
         self._wanted = asyncio.Event()
         self._settled = asyncio.Event()  # the last attempt has ended, well or not
@@ -168,25 +177,28 @@ class _Server:
         await self._settled.wait()
 
     async def serve(self) -> None:
-        """Open the session, keep it until it is lost, and open it again; until cancelled."""
+        """Open the session, keep it until it is lost, and open it again; until stopped."""
         pause = _PAUSE_S[0]
-        while True:
+        while not self._stopping:
             was_up = False
             try:
                 async with create_session(self._connection) as session:
-                    async with asyncio.timeout(self._start_s):
+                    async with asyncio.timeout(self._start_s) as self._opening:
                         await session.initialize()
                         self._definitions = await _list(session)
+                    self._opening = None
                     self._lost.clear()
                     self._session, self._heard = session, time.monotonic()
                     was_up, pause = True, _PAUSE_S[0]
                     if self._published is not None:
                         self.publish()
                     self._settled.set()
-                    await self._lost.wait()
+                    if not self._stopping:
+                        await self._lost.wait()
             except (Exception, BaseExceptionGroup) as error:
                 self.why = _words(error)
             finally:
+                self._opening = None
                 self._session = None
                 self._lost.set()
             if not was_up:
@@ -197,8 +209,16 @@ class _Server:
                 async with asyncio.timeout(pause):
                     await self._wanted.wait()
             self._wanted.clear()
-            self._settled.clear()
+            self._settled.clear()  # from here on, who waits wants to know of this attempt
             pause = min(2 * pause, _PAUSE_S[1])
+
+    def stop(self) -> None:
+        """Let `serve` end. Cancelling it in the middle of its clean-up would leave a process behind."""
+        self._stopping = True
+        self._lost.set()
+        self._wanted.set()
+        if self._opening is not None and not self._opening.expired():  # expired: it ends by itself
+            self._opening.reschedule(self.loop.time())
 
     async def call(self, tool: str, arguments: dict[str, Any]) -> CallToolResult:
         """Raises ToolException when the server can't be reached, or goes away meanwhile."""
