@@ -7,12 +7,13 @@ own, so that a hole in the host's isn't in reach.
 Covered, by the engine: no network, a read-only root, /tmp and /mnt/data in memory with sizes, no capability, no new
 privileges, uid 65534, none of the server's environment, nothing of the host mounted, memory with swap, processes and
 CPU by cgroup, open files and file size, no log of the output on the host's disk. Covered by the server's end: wall
-time, output, and the count and size of all that comes back.
+time, output, and the count and size of all that comes back. In the container the interpreter loads the same system
+call filter as under bubblewrap (x86-64, aarch64): no processes of its own, no sockets, no namespaces.
 Not covered:
 - who can use the engine's socket owns the host, so the server does. A rootless engine makes less of that
 - with the plain runtime (runc, crun) the host's kernel is in reach, behind the engine's system call filter
 - where the engine has no cgroups (rootless without delegation) it refuses the limits, and no program is run
-- programs may start processes; those of a kept session are stopped, not ended, between its programs
+- threads that a program of a kept session left are stopped, not ended, between its programs
 """
 
 from __future__ import annotations

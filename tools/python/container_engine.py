@@ -134,6 +134,7 @@ class Engine:
         identity = ""
         try:
             identity = client.api.create_container(**self._parts(client, text))["Id"]
+            self._check_runtime(client, identity)
             channels = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
             connection = client.api.attach_socket(identity, params=channels)
             client.api.start(identity)
@@ -185,6 +186,22 @@ class Engine:
         with contextlib.suppress(SandboxUnavailable, _sdk().errors.DockerException, OSError):
             self._connect().api.remove_container(identity, v=True, force=True)
 
+    def _check_runtime(self, client: Any, identity: str) -> None:
+        """Raises SandboxUnavailable if the engine took another runtime than was asked for, as Podman does."""
+        wanted = self._shape.runtime
+        if wanted is None:
+            return
+        got = client.api.inspect_container(identity)["HostConfig"].get("Runtime")
+        if got != wanted:
+            own = client.api.get(f"{client.api.base_url}/v4.0.0/libpod/containers/{identity}/json")
+            got = Path(own.json().get("OCIRuntime") or "").name if own.ok else got
+        if got != wanted:
+            self._remove(identity)
+            raise SandboxUnavailable(
+                f"The container engine would use the runtime {got!r} instead of {wanted!r}. Podman takes it from "
+                f'containers.conf alone: write runtime = "{wanted}" under [engine] there, and start its service anew.'
+            )
+
     def _parts(self, client: Any, text: str) -> dict[str, Any]:
         sdk, limits, shape = _sdk(), self._limits, self._shape
         kernel = shape.runtime not in _PLAIN_RUNTIMES
@@ -228,6 +245,7 @@ class Engine:
             "network_disabled": True,
             "stdin_open": True,
             "stop_signal": "SIGKILL",
+            "stop_timeout": 0,
             "use_config_proxy": False,  # a proxy's address may carry a password
             "user": _NOBODY,
             "working_dir": "/mnt/data",
