@@ -10,6 +10,7 @@ from pathlib import Path
 NOBODY = 65534
 FOLDER = "/mnt/data"  # where a program's files lie, and where it starts
 PACKAGES = "/python/packages"
+DEVICES = ("null", "zero", "random", "urandom")
 _INSIDE = Path(__file__).parent / "inside"
 _PYTHON = Path(os.path.realpath(sys.executable))
 
@@ -21,7 +22,8 @@ def wrap(
 
     The interpreter lies under /python inside, wherever it is outside: its path may name a person's home. Without
     `user_namespace` the process inside is root until it drops to nobody, which takes a server that is root.
-    `filter_fd`: a system call filter that is loaded before the interpreter starts.
+    `filter_fd`: a system call filter that is loaded before the interpreter starts. `proc` is for the zygote, which
+    write-protects the devices; without it there are only those that aren't the server's to change the mode of.
     """
     base = Path(sys.base_prefix)
     library = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
@@ -57,8 +59,9 @@ def wrap(
     command += ["--ro-bind", str(_INSIDE), "/python/whetstone/inside"]
     for name, path in packages.items():
         command += ["--ro-bind", str(path), f"{PACKAGES}/{name}"]
-    for device in ("null", "zero", "random", "urandom"):
-        command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
+    for device in DEVICES:
+        if proc or os.stat(f"/dev/{device}").st_uid != os.getuid():
+            command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
     if proc:
         command += ["--proc", "/proc"]
     for folder in ("/dev/shm", "/tmp", FOLDER):

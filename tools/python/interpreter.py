@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import select
@@ -14,10 +15,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tools.python.backend import File, Limits, PythonResult
+from tools.python.inside.cell import IMAGE_BYTES
 from tools.python.inside.frames import LENGTH, MAX_HEADER, pack
 
 _STATUS_S = 5.0
-_IMAGE_BYTES = 4 << 20
+_NAME_BYTES = 255  # the longest name that Linux knows
+_PIPE_BYTES = 1 << 16  # what a pipe holds; the filter denies programs to make it larger
 BROKEN = "The program broke the channel that its result comes by."
 
 
@@ -48,7 +51,11 @@ class Job:
 
 
 class Interpreter:
-    """`kill` ends all its processes at once; `wait` gives the status that the last of them ended with, as a shell's."""
+    """`kill` ends all its processes at once; `wait` gives the status that the last of them ended with, as a shell's.
+
+    `hold` stops them between the programs of a session, and lets them go on. Only `kill` and `close` may be called
+    from a thread other than the one that runs a program; both may be called again, and `kill` after `close`.
+    """
 
     def __init__(
         self,
@@ -57,10 +64,13 @@ class Interpreter:
         kill: Callable[[], None],
         wait: Callable[[float], int],
         close: Callable[[], None],
+        hold: Callable[[bool], None] = lambda stopped: None,
     ) -> None:
         self._control, self._output = control, output
-        self._kill, self._wait, self._close = kill, wait, close
-        self._sent: dict[str, bytes] = {}
+        self._kill, self._wait, self._close, self._hold = kill, wait, close, hold
+        self._ending = threading.Lock()
+        self._closed = False
+        self._has: dict[str, bytes] = {}  # the files in its folder, as far as we know, by name: their hashes
         self.programs = 0
         self.alive = True
         self.used_at = time.monotonic()
@@ -72,17 +82,27 @@ class Interpreter:
 
         Raises Cancelled.
         """
+        job.ends_by(self.kill)
+        try:
+            return self._run(code, files, limits, last)
+        finally:
+            job.ends_by(None)
+            if job.cancelled:
+                raise Cancelled
+
+    def _run(self, code: bytes, files: Sequence[File], limits: Limits, last: bool) -> PythonResult:
         began = time.monotonic()
         fresh = self.programs == 0
         self.programs += 1
-        changed = [file for file in files if self._sent.get(file.name) != file.data]
+        wanted = {} if last else {file.name: hashlib.sha256(file.data).digest() for file in files}
+        changed = [file for file in files if last or self._has.get(file.name) != wanted[file.name]]
         header = {"files": [file.name for file in changed], "last": last}
         outgoing = [memoryview(part) for part in pack(header, [code, *(file.data for file in changed)])]
-        self._sent.update({file.name: file.data for file in changed})
         output, reply = bytearray(), _Reply(limits)
         timed_out = truncated = False
-        job.ends_by(self.kill)
-        self._discard()
+        if not fresh:
+            self._discard()
+            self._hold(False)
         deadline = began + limits.wall_s
         poll = select.poll()
         poll.register(self._control, select.POLLIN | select.POLLOUT)
@@ -108,8 +128,8 @@ class Interpreter:
                 truncated = True
                 break
         if not (timed_out or truncated):  # what was printed before the end of the program is in the pipe by now
-            while self._read_output(output, limits.output_bytes) and len(output) <= limits.output_bytes:
-                if not select.select([self._output], [], [], 0)[0]:
+            while len(output) <= limits.output_bytes and _readable(self._output):
+                if not self._read_output(output, limits.output_bytes):
                     break
             truncated = len(output) > limits.output_bytes
         exit_code = reply.exit_code
@@ -121,28 +141,39 @@ class Interpreter:
             if reply.broken:
                 output += f"\n{BROKEN}\n".encode()
                 exit_code = exit_code or 1
-        job.ends_by(None)
-        if job.cancelled:
-            raise Cancelled
+        if not last and self.alive:
+            self._hold(True)
         text = bytes(output[: limits.output_bytes]).decode("utf-8", "replace")
         timed_out = timed_out or (exit_code == 128 + signal.SIGXCPU and not truncated)
         self.used_at = time.monotonic()
         files_made = tuple(File(name, data) for name, data in reply.files)
-        self._sent.update({file.name: file.data for file in files_made})
+        if not last:
+            self._has = wanted | {file.name: hashlib.sha256(file.data).digest() for file in files_made}
+            for name in reply.gone:
+                self._has.pop(name, None)
         return PythonResult(
             text, exit_code, timed_out, truncated, self.used_at - began, files_made, tuple(reply.images), fresh
         )
 
+    def fit(self) -> bool:
+        """Is it waiting for a program? Not if it died, or says something that nobody asked for."""
+        return self.alive and not _readable(self._control.fileno())
+
     def kill(self) -> None:
-        self.alive = False
-        self._kill()
+        with self._ending:
+            self.alive = False
+            if not self._closed:
+                self._kill()
 
     def close(self) -> None:
         """Kill it and give its descriptors back."""
         self.kill()
-        self._control.close()
-        os.close(self._output)
-        self._close()
+        with self._ending:
+            if not self._closed:
+                self._closed = True
+                self._control.close()
+                os.close(self._output)
+                self._close()
 
     def _read_output(self, output: bytearray, cap: int) -> bool:
         """False at the end of the output."""
@@ -154,10 +185,16 @@ class Interpreter:
         return bool(chunk)
 
     def _discard(self) -> None:
-        """What threads of an earlier program printed since."""
+        """What threads of an earlier program printed before they were stopped."""
         with contextlib.suppress(BlockingIOError):
-            while os.read(self._output, 1 << 16):
-                pass
+            os.read(self._output, _PIPE_BYTES)
+
+
+def _readable(descriptor: int) -> bool:
+    """Also when the other end is closed. Not by `select`, which takes no descriptor past 1023."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _send(control: socket.socket, outgoing: list[memoryview]) -> None:
@@ -179,13 +216,14 @@ class _Reply:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._data = bytearray()
-        self._most = LENGTH.size + MAX_HEADER + limits.files_bytes + limits.images * _IMAGE_BYTES
+        self._most = LENGTH.size + MAX_HEADER + limits.files_bytes + limits.images * IMAGE_BYTES
         self._header: dict[str, Any] | None = None
         self._sizes: list[int] = []
         self._needed = LENGTH.size
         self.exit_code = 1
         self.done = self.broken = False
         self.files: list[tuple[str, bytes]] = []
+        self.gone: list[str] = []
         self.images: list[bytes] = []
 
     def read(self, control: socket.socket) -> bool:
@@ -225,6 +263,8 @@ class _Reply:
             self._header = header
         if len(self._data) < self._needed:
             return
+        if len(self._data) > self._needed:
+            raise ValueError("more than was announced")
         header, at = self._header, self._needed - sum(self._sizes)
         blobs = []
         for size in self._sizes:
@@ -234,12 +274,15 @@ class _Reply:
         self.exit_code = _natural(header["exit_code"]) & 0xFF
         self.files = list(zip(names, blobs, strict=False))
         self.images = blobs[len(names) :]
+        self.gone = [_plain(name) for name in header["gone"]]
         self.done = True
 
 
 def _plain(name: object) -> str:
     if not isinstance(name, str) or not name.isprintable() or "/" in name or name[:1] in ("", "."):
         raise ValueError("not a file's name")
+    if len(name.encode()) > _NAME_BYTES:
+        raise ValueError("too long a name")
     return name
 
 

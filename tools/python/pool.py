@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from tools.python.backend import SandboxUnavailable
 from tools.python.interpreter import Cancelled, Interpreter, Job
-from tools.python.spawn import Spawner, SpawnFailed
+from tools.python.spawn import Spawner, SpawnFailed, SpawnRefused
 
 log = logging.getLogger(__name__)
 _REST_S = 1.0  # after a failure, before the next try
@@ -25,16 +25,23 @@ class WarmPool:
     """`take` an interpreter, `discard` it when it has served. Both may be called from any thread.
 
     At most `idle` interpreters wait. The first of `spawners` that can start one is used from then on; a spawner that
-    worked and fails is started anew.
+    worked and fails is started anew. `chore` is called in the pool's thread, about every `chore_s` seconds.
     """
 
     def __init__(
-        self, spawners: Sequence[Spawner], idle: int, why_not: str = "", on_start: Callable[[int], None] | None = None
+        self,
+        spawners: Sequence[Spawner],
+        idle: int,
+        why_not: str = "",
+        on_start: Callable[[int], None] | None = None,
+        chore: Callable[[], None] = lambda: None,
+        chore_s: float = 60.0,
     ) -> None:
         self._spawners = list(spawners)
         self._target = idle
         self._why_not = why_not
         self._on_start = on_start
+        self._chore, self._chore_s = chore, chore_s
         self._changed = threading.Condition()
         self._idle: deque[Interpreter] = deque()
         self._dead: list[Interpreter] = []
@@ -68,15 +75,20 @@ class WarmPool:
             self._waiting += 1
             self._changed.notify_all()
             try:
-                while not self._idle:
+                while True:
+                    while self._idle:
+                        interpreter = self._idle.popleft()
+                        if interpreter.fit():
+                            return interpreter
+                        self._dead.append(interpreter)  # the zygote was killed, and all its children with it
                     if self._failure is not None and self._failed_at >= began:
                         raise SandboxUnavailable(self._failure)
                     if self._closed:
                         raise SandboxUnavailable("The Python sandbox has been closed.")
                     if job.cancelled:
                         raise Cancelled
+                    self._changed.notify_all()
                     self._changed.wait(_POLL_S)
-                return self._idle.popleft()
             finally:
                 self._waiting -= 1
                 self._changed.notify_all()
@@ -105,16 +117,23 @@ class WarmPool:
             self._thread.start()
 
     def _keep(self) -> None:
+        tidied = time.monotonic()
         while True:
             with self._changed:
                 while not (self._closed or self._dead or self._wants_more()):
-                    self._changed.wait(None if self._failure is None else _REST_S)
+                    left = tidied + self._chore_s - time.monotonic()
+                    if left <= 0:
+                        break
+                    self._changed.wait(left if self._failure is None else min(left, _REST_S))
                 if self._closed:
                     break
                 self._bury()
                 more = self._wants_more()
             if more:
                 self._add()
+            if time.monotonic() >= tidied + self._chore_s:
+                self._chore()
+                tidied = time.monotonic()
         with self._changed:
             self._dead += self._idle
             self._idle.clear()
@@ -139,7 +158,7 @@ class WarmPool:
     def _add(self) -> None:
         try:
             interpreter = self._spawn()
-        except SpawnFailed as error:
+        except (SpawnFailed, OSError) as error:  # an OSError is our own: no descriptors left, no room for a file
             log.warning("%s", error)
             with self._changed:
                 self._failure = f"The Python sandbox doesn't work here: {error}. {WAY_OUT}"
@@ -155,6 +174,8 @@ class WarmPool:
         if self._chosen is not None:
             try:
                 return self._chosen.spawn()
+            except SpawnRefused:
+                raise
             except SpawnFailed as error:
                 log.warning("the sandbox is started again: %s", error)
                 return self._start(self._chosen)

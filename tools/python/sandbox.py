@@ -78,7 +78,7 @@ class Bubblewrap:
     ) -> None:
         self.limits = limits or Limits()
         found, why_not = spawners(self.limits, top_levels(packages), modules(packages), unsafe=unsafe_without_sandbox)
-        self._pool = WarmPool(found, idle, why_not)
+        self._pool = WarmPool(found, idle, why_not, chore=self._expire, chore_s=min(session_idle_s / 2, 30.0))
         self._threads = ThreadPoolExecutor(running, "python")
         self._most_sessions, self._session_idle_s = sessions, session_idle_s
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
@@ -99,13 +99,14 @@ class Bubblewrap:
             text = f"The program is {len(source)} bytes long; at most {self.limits.code_bytes} are run."
             return PythonResult(text, exit_code=1, timed_out=False, truncated=False, seconds=0.0)
         job = Job()
-        running = asyncio.get_running_loop().run_in_executor(self._threads, self._run, source, files, session, job)
+        running = self._threads.submit(self._run, source, files, session, job)
         try:
-            return await asyncio.shield(running)
+            return await asyncio.shield(asyncio.wrap_future(running))
         except asyncio.CancelledError:
             job.cancel()
-            with contextlib.suppress(Cancelled, SandboxUnavailable):
-                await running
+            if not running.cancel():  # it had begun
+                with contextlib.suppress(Cancelled, SandboxUnavailable):
+                    await asyncio.wrap_future(running)
             raise
 
     async def check(self) -> None:
@@ -115,16 +116,19 @@ class Bubblewrap:
 
     def close(self) -> None:
         with self._lock:
-            kept = [session.interpreter for session in self._sessions.values() if session.interpreter]
+            sessions = list(self._sessions.values())
             self._sessions.clear()
-        for interpreter in kept:
-            self._pool.discard(interpreter)
+        for kept in sessions:
+            if kept.turn.acquire(blocking=False):
+                self._end(kept)
+                kept.turn.release()
+            elif (interpreter := kept.interpreter) is not None:
+                interpreter.kill()  # who runs a program in it clears it away
         self._pool.close()
 
     def _run(self, source: bytes, files: Sequence[File], session: str | None, job: Job) -> PythonResult:
         if job.cancelled:
             raise Cancelled
-        self._expire()
         if session is None:
             interpreter = self._pool.take(job)
             try:
@@ -132,16 +136,11 @@ class Bubblewrap:
             finally:
                 self._pool.discard(interpreter)
         with self._turn(session, job) as kept:
+            if kept.interpreter is not None and not kept.interpreter.fit():
+                self._end(kept)
             if kept.interpreter is None:
                 kept.interpreter = self._pool.take(job)
-            interpreter = kept.interpreter
-            try:
-                return interpreter.run(source, files, self.limits, job, last=False)
-            finally:
-                kept.used_at = time.monotonic()
-                if not interpreter.alive:
-                    kept.interpreter = None
-                    self._pool.discard(interpreter)
+            return kept.interpreter.run(source, files, self.limits, job, last=False)
 
     @contextlib.contextmanager
     def _turn(self, name: str, job: Job) -> Iterator[_Session]:
@@ -156,9 +155,14 @@ class Bubblewrap:
             if job.cancelled:
                 raise Cancelled
         try:
+            self._expire()
             yield kept
         finally:
-            kept.turn.release()
+            with self._lock:
+                kept.used_at = time.monotonic()
+                if kept.interpreter is not None and not (kept.interpreter.alive and self._sessions.get(name) is kept):
+                    self._end(kept)
+                kept.turn.release()
 
     def _expire(self) -> None:
         """End what was kept too long, and the longest unused of what is too many."""
@@ -169,7 +173,11 @@ class Bubblewrap:
                 if (kept.used_at < limit or excess > 0) and kept.turn.acquire(blocking=False):
                     excess -= 1
                     del self._sessions[name]
-                    if kept.interpreter is not None:
-                        self._pool.discard(kept.interpreter)
-                        kept.interpreter = None
+                    self._end(kept)
                     kept.turn.release()
+
+    def _end(self, kept: _Session) -> None:
+        """End a session's interpreter. For who has its turn."""
+        if kept.interpreter is not None:
+            self._pool.discard(kept.interpreter)
+            kept.interpreter = None

@@ -34,6 +34,10 @@ class SpawnFailed(RuntimeError):
     """An interpreter couldn't be started. The message is what the system said."""
 
 
+class SpawnRefused(SpawnFailed):
+    """The same, for a reason that starting the spawner anew wouldn't mend, and would end its interpreters for."""
+
+
 class Spawner(Protocol):
     @property
     def mode(self) -> str: ...
@@ -63,6 +67,7 @@ class ForkServer:
             "packages": list(modules),
             "path": [bubblewrap.PACKAGES],
             "drop_to": bubblewrap.NOBODY if as_nobody else 0,
+            "devices": [f"/dev/{name}" for name in bubblewrap.DEVICES],
             "filter": base64.b64encode(seccomp.program(allow_exec=False)).decode(),
         }
         self._control: socket.socket | None = None
@@ -102,7 +107,8 @@ class ForkServer:
             handle, rest = _handle(status, self._last_words)
             if not _ready(control, _SPAWN_S):
                 os.close(handle)
-                raise SpawnFailed(f"an interpreter ended at once: {_tail_of_pipe(output) or 'it said nothing'}")
+                said = _tail_of_pipe(output) or (rest + _rest_of(status))[1:].decode("utf-8", "replace")
+                raise SpawnRefused(f"an interpreter ended at once: {said or 'it said nothing'}")
         except BaseException:
             control.close()
             status.close()
@@ -119,11 +125,15 @@ class ForkServer:
             number = said.strip().split(b"\n")[0]
             return exit_code(int(number)) if number.isdigit() else 128 + signal.SIGKILL
 
+        def hold(stopped: bool) -> None:
+            with contextlib.suppress(OSError):
+                status.send(b"s" if stopped else b"c")
+
         def close() -> None:
             os.close(handle)
             status.close()
 
-        return Interpreter(control, output, kill, wait, close)
+        return Interpreter(control, output, kill, wait, close, hold)
 
     def stop(self) -> None:
         if self._control is not None:
@@ -159,8 +169,13 @@ class Alone:
         output, their_output = os.pipe()
         settings = _settings(self._limits) | {"output": their_output}
         settings["memory"] += _ALONE_BYTES
-        folder = tempfile.TemporaryDirectory(prefix="whetstone-", ignore_cleanup_errors=True)
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as failed, contextlib.ExitStack() as stack:
+            failed.callback(os.close, output)
+            failed.callback(control.close)
+            stack.callback(os.close, their_output)
+            stack.enter_context(theirs)
+            folder = tempfile.TemporaryDirectory(prefix="whetstone-", ignore_cleanup_errors=True)
+            failed.callback(folder.cleanup)
             descriptors = [theirs.fileno(), their_output]
             if self._bwrap is None:
                 command, inside = bubblewrap.unwrapped()
@@ -176,9 +191,13 @@ class Alone:
                 inside = "/python/whetstone"
                 settings["path"] = [bubblewrap.PACKAGES]
             command += [*bubblewrap.start(inside), "single", str(theirs.fileno()), json.dumps(settings)]
-            with theirs:
-                process = _popen(command, descriptors, their_output, cwd=folder.name)
-            os.close(their_output)
+            process = _popen(command, descriptors, their_output, cwd=folder.name)
+            stack.close()
+            if not _ready(control, _SPAWN_S):
+                _end(process)
+                said = _tail_of_pipe(output) or f"exit code {process.returncode}"
+                raise SpawnFailed(f"{self._bwrap or 'Python'} failed to start: {said}")
+            failed.pop_all()
 
         def kill() -> None:
             with contextlib.suppress(ProcessLookupError):
@@ -195,13 +214,6 @@ class Alone:
             _end(process)
             folder.cleanup()
 
-        if not _ready(control, _SPAWN_S):
-            _end(process)
-            said = _tail_of_pipe(output)
-            control.close()
-            os.close(output)
-            folder.cleanup()
-            raise SpawnFailed(f"{self._bwrap or 'Python'} failed to start: {said or f'exit code {process.returncode}'}")
         return Interpreter(control, output, kill, wait, close)
 
     def stop(self) -> None:
@@ -246,13 +258,17 @@ def _settings(limits: Limits) -> dict[str, Any]:
 def _popen(
     command: Sequence[str], descriptors: Sequence[int], output: int | IO[bytes], cwd: str = "/"
 ) -> subprocess.Popen[bytes]:
+    """Its input is at an end from the start: /dev/null would be the machine's, and through it its mode changed."""
     try:
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=cwd, env={},
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=output, stderr=output, cwd=cwd, env={},
             start_new_session=True, pass_fds=descriptors,
         )  # fmt: skip
     except OSError as error:
         raise SpawnFailed(f"{command[0]} can't be run: {error}") from error
+    if process.stdin is not None:
+        process.stdin.close()
+    return process
 
 
 @contextlib.contextmanager
@@ -286,7 +302,9 @@ def _handle(status: socket.socket, last_words: Any) -> tuple[int, bytes]:
         for opened in descriptors:
             os.close(opened)
         said = (message + _rest_of(status))[1:].decode("utf-8", "replace")
-        raise SpawnFailed(f"an interpreter can't be isolated here: {said}" if said else last_words("died"))
+        if said:
+            raise SpawnRefused(f"an interpreter can't be isolated here: {said}")
+        raise SpawnFailed(last_words("died"))
     return descriptors[0], message[1:]
 
 
@@ -305,7 +323,9 @@ def _rest_of(status: socket.socket, seconds: float = 1.0) -> bytes:
 
 def _tail_of_pipe(output: int) -> str:
     said = b""
-    while len(said) < 4096 and select.select([output], [], [], 0.2)[0]:
+    poll = select.poll()
+    poll.register(output, select.POLLIN)
+    while len(said) < 4096 and poll.poll(200):
         chunk = os.read(output, 4096)
         if not chunk:
             break

@@ -4,6 +4,7 @@ import sys
 
 NAME = "<code>"
 FRAMES = 3  # of a deep recursion, the innermost frames say enough
+IMAGE_BYTES = 4 << 20
 _MAX_PIXELS = 4000  # of a figure's longer side
 
 
@@ -11,8 +12,9 @@ def run(source: bytes, scope: dict[str, object]) -> int:
     """Execute `source`; a last expression's value is printed as its repr. Returns the exit code."""
     import _ast
 
+    text = source.decode()  # so that no coding cookie says otherwise
     try:
-        tree: _ast.Module = compile(source, NAME, "exec", _ast.PyCF_ONLY_AST, True)  # type: ignore[assignment]
+        tree: _ast.Module = compile(text, NAME, "exec", _ast.PyCF_ONLY_AST, True)  # type: ignore[assignment]
         last = tree.body[-1] if tree.body else None
         if isinstance(last, _ast.Expr):
             tree.body.pop()
@@ -48,7 +50,7 @@ def report(error: BaseException, source: bytes) -> None:
 
 
 def figures(most: int) -> list[bytes]:
-    """The open matplotlib figures as PNG, at most `most` of them; they are closed."""
+    """The open matplotlib figures as PNG, at most `most` of them; they are closed. ValueError: one is too large."""
     pyplot = sys.modules.get("matplotlib.pyplot")
     if pyplot is None or not pyplot.get_fignums():
         return []
@@ -60,6 +62,8 @@ def figures(most: int) -> list[bytes]:
         dpi = min(figure.dpi, _MAX_PIXELS / max(*figure.get_size_inches(), 0.01))
         png = BytesIO()
         figure.savefig(png, format="png", dpi=dpi)
+        if png.tell() > IMAGE_BYTES:
+            raise ValueError(f"figure {number} has {png.tell()} bytes as PNG; at most {IMAGE_BYTES} are shown")
         drawn.append(png.getvalue())
     pyplot.close("all")
     return drawn

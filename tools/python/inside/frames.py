@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 LENGTH = struct.Struct(">I")
-MAX_HEADER = 64 << 10
+MAX_HEADER = 256 << 10  # with names of 100 files as long as Linux has them, escaped
 
 
 def pack(header: dict[str, Any], blobs: Sequence[bytes] = ()) -> list[bytes]:

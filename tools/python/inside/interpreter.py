@@ -1,5 +1,6 @@
 """An interpreter at work: takes programs from its control socket, runs them, and sends back what they made."""
 
+import contextlib
 import os
 import resource
 import socket
@@ -22,9 +23,7 @@ def serve(control: socket.socket, folder: str, cpu_s: int, most_files: int, most
         if message is None:
             os._exit(0)
         header, (source, *contents) = message
-        for name, data in zip(header["files"], contents, strict=True):
-            with open(os.path.join(folder, name), "wb") as file:
-                file.write(data)
+        gone = [name for name, data in zip(header["files"], contents, strict=True) if not _put(folder, name, data)]
         before = _state(folder)
         used = resource.getrusage(resource.RUSAGE_SELF)
         soft = int(used.ru_utime + used.ru_stime) + cpu_s
@@ -37,13 +36,15 @@ def serve(control: socket.socket, folder: str, cpu_s: int, most_files: int, most
         except BaseException as error:  # a figure whose text can't be set, or that is too large
             cell.report(error, source)
             code = code or 1
-        names, made = _changed(folder, before, most_files, most_bytes)
+        after = _state(folder)
+        gone += [name for name in before if name not in after and name.isprintable() and name[0] != "."]
+        names, made = _changed(folder, before, after, most_files, most_bytes)
         try:
             sys.stdout.flush()
             sys.stderr.flush()
         except BaseException:  # the program put something else in their place
             code = code or 1
-        reply = {"exit_code": code, "files": names, "images": len(images)}
+        reply = {"exit_code": code, "files": names, "images": len(images), "gone": gone[:most_files]}
         for part in frames.pack(reply, [*made, *images]):
             control.sendall(part)
 
@@ -58,19 +59,37 @@ def _state(folder: str) -> State:
     return found
 
 
-def _changed(folder: str, before: State, most_files: int, most_bytes: int) -> tuple[list[str], list[bytes]]:
+def _put(folder: str, name: str, data: bytes) -> bool:
+    """Write a file, unless something of an earlier program's is in its way that isn't one, or the room is too small."""
+    path = os.path.join(folder, name)
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
+        with open(path, "wb", opener=lambda path, _: os.open(path, flags, 0o600)) as file:
+            file.write(data)
+    except OSError as error:
+        sys.stderr.write(f"The file {name} isn't there: {error.strerror}.\n")
+        with contextlib.suppress(OSError):
+            os.remove(path)
+        return False
+    return True
+
+
+def _changed(
+    folder: str, before: State, after: State, most_files: int, most_bytes: int
+) -> tuple[list[str], list[bytes]]:
     """Names and contents of new and changed files, of the folder itself and not of folders below it."""
     names: list[str] = []
     made: list[bytes] = []
     left = most_bytes
-    for name, (inode, size, when) in sorted(_state(folder).items()):
-        if before.get(name) == (inode, size, when) or size > left or len(names) == most_files or name[0] == ".":
+    for name, (inode, size, when) in sorted(after.items()):
+        if before.get(name) == (inode, size, when) or size > left or len(names) == most_files:
+            continue
+        if name[0] == "." or not name.isprintable():
             continue
         try:
-            name.encode()
             with open(os.path.join(folder, name), "rb") as file:
                 data = file.read(left + 1)
-        except (OSError, UnicodeError):
+        except OSError:
             continue
         if len(data) <= left:
             names.append(name)

@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import resource
+import select
 import signal
 import socket
 import sys
@@ -21,7 +22,7 @@ from typing import Any
 from . import interpreter
 
 _NAMESPACES = 0x10000000 | 0x20000000 | 0x00020000 | 0x08000000 | 0x04000000 | 0x40000000  # user pid mnt ipc uts net
-_NOSUID, _NODEV, _NOEXEC, _RDONLY = 2, 4, 8, 1
+_NOSUID, _NODEV, _NOEXEC, _RDONLY, _REMOUNT, _BIND = 2, 4, 8, 1, 32, 4096
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
 _SECCOMP_MODE_FILTER = 2
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
@@ -47,6 +48,9 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # what is shared stays shared: no fork writes to its reference counts
     settings |= {"user": os.getuid(), "group": os.getgid()}  # within the namespaces to come they are unknown
+    settings["opened"] = _open_files()
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # a machine out of memory ends programs before the server
     with open("/proc/self/statm") as file:
         settings["base"] = int(file.read().split()[0]) * resource.getpagesize()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for supervisors: they tell the server themselves
@@ -59,12 +63,13 @@ def main() -> None:
         if child == 0:
             control.close()
             _supervise(settings, *descriptors)
-        with socket.socket(fileno=descriptors.pop()) as said:
+        with socket.socket(fileno=descriptors.pop()) as said, contextlib.suppress(OSError):  # the server gave it up
             if child > 0:
                 socket.send_fds(said, [b"p"], [handle])
-                os.close(handle)
             else:
                 said.sendall(f"!new namespaces: {os.strerror(handle)}".encode())
+        if child > 0:
+            os.close(handle)
         for opened in descriptors:
             os.close(opened)
 
@@ -86,7 +91,8 @@ def _clone(flags: int) -> tuple[int, int]:
 def _supervise(settings: dict[str, Any], control: int, output: int, status: int) -> None:
     """As process 1, whose end is the end of all in its namespace: fork the interpreter, tell how it ended.
 
-    The interpreter isn't process 1 itself because the kernel spares that one most signals.
+    The interpreter isn't process 1 itself because the kernel spares that one most signals. On `status` the server
+    says when to stop it ("s") and when to let it go on ("c"); it goes when the server hangs up.
     """
     said = socket.socket(fileno=status)
     try:
@@ -99,6 +105,16 @@ def _supervise(settings: dict[str, Any], control: int, output: int, status: int)
             _interpret(settings, control, output)
         os.close(control)
         os.close(output)
+        handle = os.pidfd_open(child)
+        poll = select.poll()
+        poll.register(handle, select.POLLIN)
+        poll.register(status, select.POLLIN)
+        while handle not in dict(poll.poll()):
+            commands = said.recv(64)
+            if not commands:
+                os._exit(0)
+            for command in commands:
+                os.kill(child, signal.SIGSTOP if command == ord("s") else signal.SIGCONT)
         said.sendall(b"%d\n" % os.waitpid(child, 0)[1])
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -112,9 +128,13 @@ def _interpret(settings: dict[str, Any], control: int, output: int) -> None:
         os.close(0)
         os.open("/dev/null", os.O_RDONLY)
         _open_output(output)
+        for descriptor, path in settings["opened"]:
+            _open_anew(descriptor, path)
         _limit(settings, settings["base"] + settings["memory"])
         if (numpy := sys.modules.get("numpy")) is not None:
             numpy.random.seed()  # else every interpreter would draw the same numbers
+        if (sympy := sys.modules.get("sympy.core.random")) is not None:
+            sympy.rng.seed()
         _load_filter(base64.b64decode(settings["filter"]))
         with socket.socket(fileno=control) as channel:
             channel.sendall(b"r")
@@ -165,11 +185,36 @@ def _import(packages: list[str]) -> None:
         str(sympy.solve(sympy.Symbol("x") ** 2 - 2))
 
 
+def _open_files() -> list[tuple[int, str]]:
+    """The files that libraries keep open (fonts, for one), to be opened anew: forks would share their positions."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the listing's own
+            path = os.readlink(f"/proc/self/fd/{name}")
+            if int(name) > 2 and path.startswith("/") and os.path.isfile(path):
+                found.append((int(name), path))
+    return found
+
+
+def _open_anew(descriptor: int, path: str) -> None:
+    try:
+        position = os.lseek(descriptor, 0, os.SEEK_CUR)
+    except OSError:  # closed by what its library does after a fork
+        return
+    opened = os.open(path, os.O_RDONLY)
+    os.lseek(opened, position, os.SEEK_SET)
+    os.dup2(opened, descriptor)
+    os.close(opened)
+
+
 def _settle(settings: dict[str, Any]) -> None:
     """Keep the user's number in the new user namespace, and mount folders of its own."""
     for name, id_ in (("setgroups", None), ("uid_map", settings["user"]), ("gid_map", settings["group"])):
         with open(f"/proc/self/{name}", "w") as file:
             file.write("deny" if id_ is None else f"{id_} {id_} 1")
+    for device in settings["devices"]:  # they are the machine's own, and their modes could be changed by their owner
+        flags = _REMOUNT | _BIND | _NOSUID | _RDONLY
+        _check(_raw.mount(None, device.encode(), None, flags, None), f"protect {device}")
     _mount("/tmp", settings["tmp_bytes"], 0o700)
     _mount("/dev/shm", settings["tmp_bytes"], 0o700)
     _mount(settings["folder"], settings["files_bytes"], 0o700)
