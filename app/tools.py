@@ -37,6 +37,10 @@ def open_toolbox(
     with ExitStack() as stack:
         write = stack.enter_context(audit_file(settings.home / "audit.jsonl")) if audit and settings.audit else None
         own = [_python(settings, stack, workspaces), _search(settings, search_backends)]
+        if settings.open_pages:
+            from tools.fetch import FetchTool
+
+            own.append(FetchTool(timeout_s=settings.fetch_seconds, max_bytes=settings.fetch_bytes))
         toolbox = Toolbox(own, settings.tool_calls_per_owner, write)
         toolbox.add(load_tools(settings.tools))
         if settings.mcp_servers:

@@ -3,12 +3,15 @@
 from contextlib import aclosing
 
 import pytest
+from langchain_core.runnables import RunnableConfig
+from langchain_core.tools import tool
 
 from serving.agent import Agent, Limits
 from serving.dialects.tapo import TapoDialect
 from serving.engines.base import PromptTooLong, Sampling
 from serving.trajectory import AnswerText, Done, Observation, StepDone, Thinking, ToolCall, ToolResult
 from tests.fakes import ScriptedEngine
+from tools.context import ToolContext, context_of
 from tools.python import PythonTool
 from tools.search import SearchOptions, open_search
 from tools.toolbox import Toolbox
@@ -105,6 +108,104 @@ async def test_a_hanging_tool_is_an_observation(make):
     assert result.error
     assert "1 s" in result.text
     assert events[-1].trajectory.answer == "144"
+
+
+@pytest.fixture
+def make_with(base):
+    """An agent of the tools given, with a script."""
+
+    def make_agent(toolbox, script, limits=None):
+        return Agent(ScriptedEngine(base.tokenizer, script), TapoDialect(base.tokenizer), toolbox, limits)
+
+    return make_agent
+
+
+@tool
+async def shout(words: str, config: RunnableConfig, times: int = 1) -> str:
+    """Say it louder."""
+    return " ".join([words.upper()] * times) + f" for {context_of(config).owner or 'nobody'}"
+
+
+def calling(text):
+    return f"<think>Call it.</think>\n<call>{text}</call>"
+
+
+async def test_a_further_tool_is_called_by_name(make_with):
+    agent = make_with(Toolbox([shout]), in_turn(calling('{"name": "shout", "arguments": {"words": "hi"}}'), ANSWER))
+    events = await run(agent, context=ToolContext("ann"))
+    call = next(e for e in events if isinstance(e, ToolCall))
+    assert (call.tool, call.input) == ("shout", '{"words": "hi"}')
+    trajectory = events[-1].trajectory
+    step = trajectory.steps[0]
+    assert (step.action, step.input) == ("call", '{"name": "shout", "arguments": {"words": "hi"}}')
+    assert (step.observation.tool, step.observation.text) == ("shout", "HI for ann")
+    assert trajectory.tool_calls == 1
+    assert trajectory.well_formed
+
+
+@pytest.mark.parametrize(
+    ("text", "action", "says", "calls"),
+    [
+        ("shout hi", "invalid", "Malformed call", 0),
+        ('{"name": "whisper", "arguments": {}}', "call", "There is no tool 'whisper'. The tools are: shout.", 1),
+        (
+            '{"name": "shout", "arguments": {"word": "hi"}}',
+            "call",
+            "Wrong arguments for shout: words: Field required",
+            1,
+        ),
+        ('{"name": "shout", "arguments": {"words": "hi", "times": "x"}}', "call", "times: Input should be a valid", 1),
+        ('{"name": "code", "arguments": {"code": "1"}}', "call", "The tool code is off.", 1),
+    ],
+)
+async def test_a_wrong_call_is_corrected_and_may_be_mended(make_with, text, action, says, calls):
+    events = await run(make_with(Toolbox([shout]), in_turn(calling(text), ANSWER)))
+    trajectory = events[-1].trajectory
+    step = trajectory.steps[0]
+    assert step.action == action
+    assert step.observation.error
+    assert says in step.observation.text
+    assert (trajectory.tool_calls, trajectory.tool_errors) == (calls, calls)
+    assert trajectory.answer == "144"
+
+
+async def test_an_answer_may_use_and_is_shown_only_what_is_allowed(make_with):
+    contexts = []
+
+    def script(context):
+        contexts.append(context)
+        return [calling('{"name": "shout", "arguments": {"words": "hi"}}'), CODE, ANSWER][len(contexts) - 1]
+
+    events = await run(make_with(Toolbox([PythonTool(), shout]), script), allowed=("code",))
+    assert "shout" not in contexts[0]
+    first, second = (e.observation for e in events if isinstance(e, ToolResult))
+    assert first.error
+    assert "There is no tool 'shout'. The tools are: code." in first.text
+    assert second.text == "144"
+
+
+async def test_a_tool_that_comes_in_mid_answer_waits_for_the_next(make_with):
+    toolbox = Toolbox([PythonTool()])
+
+    def script(context):
+        if shout.name not in toolbox:
+            toolbox.add([shout])
+            return calling('{"name": "shout", "arguments": {"words": "hi"}}')
+        return ANSWER
+
+    agent = make_with(toolbox, script)
+    assert "There is no tool 'shout'" in (await run(agent))[-1].trajectory.steps[0].observation.text
+    assert "shout" in agent.dialect.tokenizer.decode(agent.render(ASK))
+
+
+async def test_a_replayed_result_is_cut_to_the_budget(make):
+    async def replay(tool, text):
+        return Observation(tool, "word " * 1000)
+
+    agent = make(in_turn(CODE, ANSWER), Limits(observation_tokens=20))
+    step = (await run(agent, call=replay))[-1].trajectory.steps[0]
+    assert step.mask.count(0) < 40
+    assert step.observation.text.endswith(" [cut]")
 
 
 async def test_tool_results_can_be_replayed(make):

@@ -15,11 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from langchain_core.runnables import RunnableConfig
+from langchain_core.tools import tool
 
+from app.service import Finished, Question
 from app.settings import Settings
 from app.tools import open_toolbox, tool_seconds
-from tests.fakes import until
+from feedback_store import Store
+from serving.engines.base import Sampling
+from serving.model import BaseModel
+from tests.fakes import make_service, until
 from tools import mcp
+from tools.context import context_of
 from tools.custom import BadTool, load_tools
 from tools.mcp import BadServer, McpServers
 from tools.toolbox import Budget, Toolbox
@@ -289,6 +296,50 @@ async def test_a_deployment_has_all_its_tools(mine: None, tmp_path: Path, caplog
     assert "the MCP server gone is down" in caplog.text
     assert "key_tools of ann names 'searhc'" in caplog.text
     assert len((settings.home / "audit.jsonl").read_text().splitlines()) == 2
+
+
+@tool
+async def whoami(query: str, config: RunnableConfig) -> str:
+    """Say who asks."""
+    context = context_of(config)
+    return f"{context.owner} {bool(context.conversation_id)} {context.turn_id}"
+
+
+async def test_an_owner_s_answers_use_the_tools_of_the_key(base: BaseModel, tmp_path: Path) -> None:
+    with Store.open(tmp_path / "store.db") as store:
+        service, engine = make_service(base, store, more=[whoami], key_tools={"ann": ["code"], "eve": []})
+        contexts: list[str] = []
+
+        def script(context: str) -> str:
+            contexts.append(context)
+            if "</response>\n" in context:
+                return "<think>So.</think><answer>done</answer>"
+            return '<think>Who?</think><call>{"name": "whoami", "arguments": {"query": "x"}}</call>'
+
+        engine.script = script
+        for owner, listed, says in (
+            ("bob", True, "bob True turn"),
+            ("ann", False, "There is no tool 'whoami'. The tools are: code."),
+            ("eve", False, "There is no tool 'whoami'. No tool is on."),
+        ):
+            question = Question(owner, [{"role": "user", "content": "who am I?"}], Sampling())
+            async with contextlib.aclosing(service.answer(question)) as events:
+                finished = [event async for event in events][-1]
+            assert isinstance(finished, Finished)
+            step = finished.trajectory.steps[0]
+            assert step.observation is not None
+            assert step.observation.text.startswith(says)
+            prompt = base.tokenizer.decode(finished.trajectory.prompt_ids)
+            assert ("whoami" in prompt) == listed
+            assert ("<code>" in prompt) == (owner != "eve")
+            turn = store.turn(finished.started.turn_id)
+            assert turn.prompt_ids == finished.trajectory.prompt_ids
+            assert turn.steps[0].action == "call"
+            kept = turn.steps[0].observation
+            assert kept is not None
+            assert kept.tool == "whoami"
+        judged = await service.feedback(turn.id, "eve", "client", verifier="exact", gold="done")
+        assert judged.score == 1.0
 
 
 def test_a_tool_whose_name_is_taken_is_refused_at_start(mine: None, tmp_path: Path) -> None:

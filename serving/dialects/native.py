@@ -170,9 +170,9 @@ class NativeDialect:
             {"role": "assistant", "content": "", "tool_calls": [call]},
             {"role": "tool", "name": "f", "content": ""},
         ]
-        tail = self._filled(turns, []).rpartition(_CLOSE)[2]
+        _, called, tail = self._filled(turns, []).rpartition(_CLOSE)
         before, found, after = tail.partition(_PLACE.format(2))
-        if not found:
+        if not (called and found):
             raise ValueError("This model's chat template doesn't show what a tool returned. Use dialect = tapo.")
         return before, after
 

@@ -182,6 +182,8 @@ class Parser:
             return Parsed(text, thought, "invalid", "", False)
         well_formed = whole is not None and bool(whole["thought"].strip()) and bool(whole["input"].strip())
         kind: ActionKind = action[1]  # type: ignore[assignment]
+        if kind == "answer":
+            return Parsed(text, thought, kind, action[2], well_formed)
         if kind != "call":
             return Parsed(text, thought, kind, action[2], well_formed, kind, action[2].strip())
         try:
