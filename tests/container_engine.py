@@ -91,6 +91,17 @@ class Podman:
         )
         return ran.stdout
 
+    def _remove_all(self) -> None:
+        for attempt in range(5):  # a container that removes itself meanwhile is an error to Podman
+            try:
+                self.command("rm", "--all", "--force", "--time=0")
+                self.command("rmi", "--all", "--force")
+                return
+            except subprocess.CalledProcessError:
+                if attempt == 4:
+                    raise
+                time.sleep(0.5)
+
     def containers(self, image: str = OTHER) -> list[str]:
         lines = self.command("ps", "--all", "--format", "{{.ID}} {{.Image}}").splitlines()
         return [line.split()[0] for line in lines if line.endswith(f" {image}")]
@@ -99,8 +110,7 @@ class Podman:
         for service in self._services:
             service.terminate()
             service.wait(10)
-        self.command("rm", "--all", "--force", "--time=0")
-        self.command("rmi", "--all", "--force")
+        self._remove_all()
         subprocess.run(["umount", str(self.folder / "images" / "overlay")], capture_output=True, check=False)
         for left in set(Path("/sys/fs/cgroup").glob("**/libpod_parent")) - self._before:
             for path, _, _ in os.walk(left, topdown=False):

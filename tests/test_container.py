@@ -496,6 +496,17 @@ class TestUnavailable:
             await backend.check()
         backend.close()
 
+    async def test_an_engine_without_limits(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import docker
+
+        monkeypatch.setattr(docker.DockerClient, "__init__", lambda self, **_: None)
+        monkeypatch.setattr(docker.DockerClient, "info", lambda self: {"MemoryLimit": False, "PidsLimit": True})
+        monkeypatch.setattr(docker.DockerClient, "close", lambda self: None)
+        backend = ContainerBackend(url="unix:///any")
+        with pytest.raises(SandboxUnavailable, match=r"can't limit its containers \(MemoryLimit\).*control groups"):
+            await backend.check()
+        backend.close()
+
     async def test_no_sdk(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from tools.python import container_engine
 

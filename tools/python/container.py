@@ -33,6 +33,7 @@ from tools.python.container_interpreter import Interpreter, NotStarted
 
 _log = logging.getLogger(__name__)
 _DEFAULT = Limits()
+_REST_S = 10.0  # after a failure to start one ahead of time; programs try for themselves meanwhile
 _STARTING = 2  # containers that are started at once, off the request path
 
 
@@ -94,6 +95,7 @@ class ContainerBackend:
         self._ended = threading.Event()
         self._warm: deque[Interpreter] = deque()
         self._starting = 0
+        self._rest_until = 0.0
         self._kept: OrderedDict[str, Interpreter] = OrderedDict()  # the longest idle first
         self._busy: dict[str, deque[_Job]] = {}  # sessions at work, and who waits for each
         self._jobs: set[_Job] = set()
@@ -236,6 +238,8 @@ class ContainerBackend:
     # -- containers that wait
 
     def _refill(self) -> None:
+        if time.monotonic() < self._rest_until:
+            return
         while self._starters is not None and len(self._warm) + self._starting < self._pool:
             self._starting += 1
             self._starters.submit(self._start, self._ended)
@@ -243,9 +247,10 @@ class ContainerBackend:
     def _start(self, ended: threading.Event) -> None:
         interpreter = None
         try:
-            if not ended.is_set():
+            if not ended.is_set() and time.monotonic() >= self._rest_until:
                 interpreter = Interpreter(self._engine, self._limits, self._packages)
         except SandboxUnavailable as error:
+            self._rest_until = time.monotonic() + _REST_S
             _log.warning("No container could be started ahead of time: %s", error)
         finally:
             with self._lock:

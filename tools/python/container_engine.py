@@ -32,6 +32,7 @@ _KERNEL_BYTES = 256 << 20  # of a runtime that brings a kernel of its own
 _KERNEL_THREADS = 256
 _START_THREADS = 16  # of the runtime itself, before it becomes Python
 _USER_THREADS = 8192
+_CGROUPS = "Give it control groups: delegate them to a rootless engine, or mount them where it runs."
 _PLAIN_RUNTIMES = (None, "runc", "crun", "io.containerd.runc.v2")
 
 
@@ -133,8 +134,9 @@ class Engine:
         client = self._connect()
         identity = ""
         try:
-            identity = client.api.create_container(**self._parts(client, text))["Id"]
-            self._check_runtime(client, identity)
+            made = client.api.create_container(**self._parts(client, text))
+            identity = made["Id"]
+            self._check(client, identity, made.get("Warnings") or [])
             channels = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
             connection = client.api.attach_socket(identity, params=channels)
             client.api.start(identity)
@@ -170,15 +172,22 @@ class Engine:
             if self._client is None:
                 try:
                     if url := self._shape.url or _usual_socket():
-                        self._client = sdk.DockerClient(base_url=url, version="auto", timeout=_ENGINE_S)
+                        client = sdk.DockerClient(base_url=url, version="auto", timeout=_ENGINE_S)
                     else:
-                        self._client = sdk.from_env(version="auto", timeout=_ENGINE_S)
+                        client = sdk.from_env(version="auto", timeout=_ENGINE_S)
+                    able = client.info()
                 except (sdk.errors.DockerException, OSError, ValueError) as error:
                     where = self._shape.url or os.environ.get("DOCKER_HOST") or "its usual sockets"
                     raise SandboxUnavailable(
                         f"No container engine answers at {where}: {error}. Start Docker, or `podman system service "
                         "--time=0`, name its socket in DOCKER_HOST, and let this user open it."
                     ) from error
+                if missing := [name for name in ("MemoryLimit", "PidsLimit") if able.get(name) is False]:
+                    client.close()
+                    raise SandboxUnavailable(
+                        f"The container engine can't limit its containers ({' and '.join(missing)}). {_CGROUPS}"
+                    )
+                self._client = client
             return self._client
 
     def _remove(self, identity: str) -> None:
@@ -186,8 +195,11 @@ class Engine:
         with contextlib.suppress(SandboxUnavailable, _sdk().errors.DockerException, OSError):
             self._connect().api.remove_container(identity, v=True, force=True)
 
-    def _check_runtime(self, client: Any, identity: str) -> None:
-        """Raises SandboxUnavailable if the engine took another runtime than was asked for, as Podman does."""
+    def _check(self, client: Any, identity: str, warnings: list[str]) -> None:
+        """Raises SandboxUnavailable if the engine left out a limit, or took another runtime, as Podman does."""
+        if left_out := [warning for warning in warnings if "discarded" in warning.lower()]:
+            self._remove(identity)
+            raise SandboxUnavailable(f"The container engine doesn't limit its containers: {left_out[0]} {_CGROUPS}")
         wanted = self._shape.runtime
         if wanted is None:
             return
