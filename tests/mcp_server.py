@@ -6,7 +6,8 @@ import time
 
 from mcp.server.fastmcp import FastMCP, Image
 
-server = FastMCP("test", port=int(sys.argv[2]) if len(sys.argv) > 2 else 0, log_level="ERROR")
+STDIO = {"command": sys.executable, "args": [__file__, "stdio"]}  # how it is named in the settings
+server = FastMCP("test", port=int(sys.argv[2]) if sys.argv[1:2] == ["http"] else 0, log_level="ERROR")
 
 
 @server.tool()

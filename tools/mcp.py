@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import threading
 import time
 from collections.abc import Mapping
@@ -17,45 +16,26 @@ from contextlib import suppress
 from typing import Any, Literal, cast
 
 from langchain_core.tools import BaseTool, StructuredTool, ToolException
-from langchain_mcp_adapters.sessions import (
-    Connection,
-    SSEConnection,
-    StdioConnection,
-    StreamableHttpConnection,
-    WebsocketConnection,
-    create_session,
-)
+from langchain_mcp_adapters.sessions import Connection, create_session
 from langchain_mcp_adapters.tools import convert_mcp_tool_to_langchain_tool
 from mcp import ClientSession
 from mcp.shared.exceptions import McpError
 from mcp.types import CONNECTION_CLOSED, CallToolResult
 from mcp.types import Tool as Definition
 
+from tools.mcp_connections import connection_of
 from tools.toolbox import Toolbox
 
 log = logging.getLogger(__name__)
 # It writes a traceback for each connection that ends; what that means for a call is said in the call's result.
 logging.getLogger("mcp.client.streamable_http").setLevel(logging.CRITICAL)
 
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,32}")
-_KINDS: dict[str, Any] = {
-    "stdio": StdioConnection,
-    "sse": SSEConnection,
-    "streamable_http": StreamableHttpConnection,
-    "http": StreamableHttpConnection,
-    "websocket": WebsocketConnection,
-}
-_NOT_SETTINGS = {"session_kwargs", "httpx_client_factory", "auth"}  # Python objects: a file can't hold them
 _PAUSE_S = (1.0, 300.0)  # before a server is tried again: at first, and at most
 _STOP_S = 8.0  # for all servers to end: the library asks a process for 2 s, then with a signal, then kills it
 _FRESH_S = 1.0  # a session that answered so lately isn't asked whether it lives
 _PING_S = 2.0
 _SESSION_TERMINATED = 32600  # as the library's HTTP client says it
 _MAX_TOOLS = 200  # of one server
-
-
-class BadServer(ValueError):
-    """A setting of `mcp_servers` that can't be used. The message names it and says the way out."""
 
 
 class McpServers:
@@ -67,7 +47,7 @@ class McpServers:
     """
 
     def __init__(self, connections: Mapping[str, Mapping[str, Any]], toolbox: Toolbox, start_s: float = 15.0) -> None:
-        checked = {name: _connection(name, given) for name, given in connections.items()}
+        checked = {name: connection_of(name, given) for name, given in connections.items()}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="mcp", daemon=True)
         self._servers = [_Server(name, given, self._loop, toolbox, start_s) for name, given in checked.items()]
@@ -327,29 +307,3 @@ def _words(error: BaseException) -> str:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return f"{type(error).__name__}: {error}"[:300] if str(error) else type(error).__name__
-
-
-def _connection(name: str, given: Mapping[str, Any]) -> Connection:
-    """A connection as the adapter takes it, the transport made out where it isn't named. Raises BadServer."""
-    if not _NAME.fullmatch(name):
-        raise BadServer(f"mcp_servers has {name!r}: a server's name has 1 to 32 of the characters A-Z a-z 0-9 _ -.")
-    connection = dict(given)
-    found = "stdio" if "command" in connection else "streamable_http" if "url" in connection else ""
-    kind = str(connection.setdefault("transport", found)).replace("-", "_")
-    if kind not in _KINDS:
-        raise BadServer(
-            f"mcp_servers.{name} has the transport {kind!r}: give it `command` and `args` (a program to start), or "
-            f"`url`; transport is one of {', '.join(_KINDS)}."
-        )
-    if kind == "stdio":
-        connection.setdefault("args", [])
-    connection["transport"] = kind
-    known = set(_KINDS[kind].__annotations__) - _NOT_SETTINGS
-    if unknown := sorted(set(connection) - known):
-        raise BadServer(f"mcp_servers.{name} has {unknown[0]!r}; a {kind} server takes {', '.join(sorted(known))}.")
-    needed = "command" if kind == "stdio" else "url"
-    if not isinstance(connection.get(needed), str) or not connection[needed]:
-        raise BadServer(f"mcp_servers.{name} needs `{needed}`, a text.")
-    if not isinstance(connection.get("args", []), list) or not isinstance(connection.get("env") or {}, dict):
-        raise BadServer(f"mcp_servers.{name}: `args` is a list of texts, `env` a table of them.")
-    return cast(Connection, connection)
