@@ -171,7 +171,7 @@ class TestSessions:
         backend = other(podman, running=2, idle_s=1.5)
         for session in "abc":
             await backend.run(f"x = '{session}'", session=session)
-        assert len(podman.containers()) == 2
+        await until(lambda: len(podman.containers()) == 2)
         assert not (await backend.run("x", session="c")).fresh
         assert (await backend.run("1", session="a")).fresh
         await until(lambda: podman.containers() == [])

@@ -24,6 +24,7 @@ from tools.python.backend import Limits, SandboxUnavailable
 
 _LABEL = "whetstone.sandbox"  # on every container; its value names the process that started it
 _ENGINE_S = 60.0
+_REMOVE_S = 15.0
 _NOBODY = "65534:65534"
 _STREAM = struct.Struct(">BxxxI")  # the engine's own framing of stdout and stderr: the stream, the length
 _STDERR = 2
@@ -192,8 +193,18 @@ class Engine:
 
     def _remove(self, identity: str) -> None:
         """Kill a container and wait until the engine has forgotten it, or seems unable to."""
-        with contextlib.suppress(SandboxUnavailable, _sdk().errors.DockerException, OSError):
-            self._connect().api.remove_container(identity, v=True, force=True)
+        errors = _sdk().errors
+        deadline = time.monotonic() + _REMOVE_S
+        with contextlib.suppress(SandboxUnavailable, errors.DockerException, OSError):
+            api = self._connect().api
+            while time.monotonic() < deadline:
+                try:
+                    api.remove_container(identity, v=True, force=True)
+                    return
+                except errors.NotFound:
+                    return
+                except errors.APIError:  # it is just ending, or being removed, by itself: Podman calls that an error
+                    time.sleep(0.05)
 
     def _check(self, client: Any, identity: str, warnings: list[str]) -> None:
         """Raises SandboxUnavailable if the engine left out a limit, or took another runtime, as Podman does."""
