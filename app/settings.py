@@ -76,6 +76,9 @@ class Settings(BaseSettings):
     python_backend: Literal["bubblewrap", "container"] = Field("bubblewrap", description="what isolates the Python")
     python_seconds: float = Field(8.0, gt=0, description="of one run in the sandbox")
     python_memory_mb: int = Field(512, ge=64, description="of one program, beside the libraries")
+    python_total_mb: int = Field(
+        4096, ge=512, description="of all programs together, where the machine has control groups"
+    )
     python_pool: int = Field(4, ge=0, le=64, description="interpreters that wait, started, for the next program")
     python_running: int = Field(16, ge=1, le=256, description="programs and kept interpreters at the same time")
     python_state: Literal["call", "conversation"] = Field(

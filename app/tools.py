@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 
 from langchain_core.tools import BaseTool
@@ -12,7 +12,7 @@ from langchain_core.tools import BaseTool
 from app.settings import Settings
 from tools.audit import audit_file
 from tools.custom import load_tools
-from tools.python import Limits, PythonTool
+from tools.python import Bubblewrap, Limits, PythonBackend, PythonTool
 from tools.search import SearchOptions, open_search
 from tools.toolbox import Toolbox
 from tools.workspace import Workspaces
@@ -26,17 +26,20 @@ def open_toolbox(
     search_backends: Sequence[str] | None = None,
     workspaces: Workspaces | None = None,
     audit: bool = False,
+    warm: bool = False,
 ) -> Iterator[Toolbox]:
     """Python, search, the page opener if it is on, the operator's own tools, and those of MCP servers.
 
     Blocks for some seconds; what was started ends with the block. `search_backends` instead of the settings' own;
-    `workspaces` keep the files of conversations; `audit` writes the audit, if the settings have one. Raises ValueError
+    `workspaces` keep the files of conversations; `audit` writes the audit, if the settings have one; `warm` has Python
+    start at once instead of at its first call. Raises ValueError
     and OSError with the way out: a setting that can't be used, an index that can't be built. An MCP server that is
     down costs a warning.
     """
     with ExitStack() as stack:
         write = stack.enter_context(audit_file(settings.home / "audit.jsonl")) if audit and settings.audit else None
-        own = [_python(settings, stack, workspaces), _search(settings, search_backends)]
+        backend = stack.enter_context(open_python(settings, warm))
+        own = [_python(backend, settings, workspaces), _search(settings, search_backends)]
         if settings.open_pages:
             from tools.fetch import FetchTool
 
@@ -59,15 +62,21 @@ def tool_seconds(settings: Settings) -> float:
     return 2 * max(settings.python_seconds, settings.search_seconds, *fetch)
 
 
-def _python(settings: Settings, stack: ExitStack, workspaces: Workspaces | None) -> BaseTool:
+@contextmanager
+def open_python(settings: Settings, warm: bool = False) -> Iterator[PythonBackend]:
+    """What runs the model's programs, with the settings' limits; it ends with the block.
+
+    With `warm` interpreters begin to start at once. Raises ValueError for a package that isn't installed.
+    """
     limits = replace(
         Limits(),
         wall_s=settings.python_seconds,
         cpu_s=max(1, min(Limits.cpu_s, round(settings.python_seconds))),
         memory_bytes=settings.python_memory_mb << 20,
+        files_bytes=settings.files_mb << 20,
     )
     if settings.python_backend == "container":
-        from tools.python.container import ContainerBackend
+        from tools.python.container import ContainerBackend  # its client is an extra
 
         container = ContainerBackend(
             limits,
@@ -77,23 +86,26 @@ def _python(settings: Settings, stack: ExitStack, workspaces: Workspaces | None)
             pool=settings.python_pool,
             running=settings.python_running,
         )
-        stack.callback(container.close)
-        return PythonTool(backend=container, limits=limits, workspaces=workspaces, keep_state=_keeps_state(settings))
-    from tools.python import Bubblewrap
-
+        with closing(container):
+            yield container
+        return
     bubblewrap = Bubblewrap(
         limits,
         settings.python_packages,
         idle=settings.python_pool,
         running=settings.python_running,
+        total_memory=settings.python_total_mb << 20,
         unsafe_without_sandbox=settings.unsafe_without_sandbox,
     )
-    stack.callback(bubblewrap.close)
-    return PythonTool(backend=bubblewrap, limits=limits, workspaces=workspaces, keep_state=_keeps_state(settings))
+    with closing(bubblewrap):
+        if warm:
+            bubblewrap.warm()
+        yield bubblewrap
 
 
-def _keeps_state(settings: Settings) -> bool:
-    return settings.python_state == "conversation"
+def _python(backend: PythonBackend, settings: Settings, workspaces: Workspaces | None) -> BaseTool:
+    keep_state = settings.python_state == "conversation"
+    return PythonTool(backend=backend, workspaces=workspaces, keep_state=keep_state, limits=backend.limits)
 
 
 def _search(settings: Settings, backends: Sequence[str] | None) -> BaseTool:

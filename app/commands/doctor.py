@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
-import shutil
 import socket
 import sqlite3
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -62,21 +61,24 @@ def check_torch(_: Settings) -> Finding:
 
 
 def check_sandbox(settings: Settings) -> Finding:
-    mend = "Install it (Debian, Ubuntu: apt-get install bubblewrap). In a container, allow user namespaces."
-    state: State = "warning"
-    if settings.unsafe_without_sandbox:
-        return Finding("sandbox", state, "off: Python runs with your rights", "Unset unsafe_without_sandbox.")
-    path = shutil.which("bwrap")
-    if path is None:
-        return Finding("sandbox", state, "bubblewrap is missing; the model's Python is refused", mend)
-    command = [path, "--unshare-all", "--die-with-parent", "--ro-bind", "/", "/", "--proc", "/proc", "true"]
+    """Runs a program, as an answer would."""
+    from app.tools import open_python
+    from tools.python import SandboxUnavailable
+
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return Finding("sandbox", state, f"bubblewrap doesn't run: {error}", mend)
-    if ran.returncode:
-        return Finding("sandbox", state, f"bubblewrap fails here: {ran.stderr.strip()[:200]}", mend)
-    return Finding("sandbox", "ok", "bubblewrap isolates the model's Python")
+        with open_python(settings) as backend:
+            asyncio.run(backend.check())
+            state = backend.state
+    except SandboxUnavailable as error:
+        return Finding("sandbox", "warning", "the model's Python is refused", str(error))
+    except ValueError as error:
+        return Finding("sandbox", "failed", str(error), "Mend the settings python_*.")
+    if "without a sandbox" in state:
+        return Finding("sandbox", "warning", "off: the model's Python runs with your rights", "Install bubblewrap.")
+    if settings.python_backend == "bubblewrap" and "warm" not in state:
+        mend = "Allow nested user namespaces: each call starts Python anew without them."
+        return Finding("sandbox", "warning", state, mend)
+    return Finding("sandbox", "ok", state)
 
 
 def check_full_text(_: Settings) -> Finding:

@@ -62,8 +62,15 @@ class PythonResult:
 class PythonBackend(Protocol):
     """One per process. Safe to use from several event loops."""
 
+    limits: Limits
+
     @property
     def name(self) -> str: ...
+
+    @property
+    def state(self) -> str:
+        """A line for people: how programs are isolated here, and what bounds them all together."""
+        ...
 
     async def run(self, code: str, files: Sequence[File] = (), session: str | None = None) -> PythonResult:
         """Run `code` with `files` in its working folder, /mnt/data. Cancelling the call ends the program.

@@ -86,7 +86,7 @@ class ContainerBackend:
         cpus: float = 1.0,
         url: str | None = None,
     ) -> None:
-        self._limits, self._packages = limits, tuple(packages)
+        self.limits, self._packages = limits, tuple(packages)
         self._pool, self._running, self._idle_s = pool, running, idle_s
         self._engine = Engine(Shape(image=image, runtime=runtime, cpus=cpus, url=url), limits)
         self._lock = threading.Lock()
@@ -101,11 +101,16 @@ class ContainerBackend:
         self._jobs: set[_Job] = set()
         self._active = 0
 
+    @property
+    def state(self) -> str:
+        shape = self._engine.shape
+        return f"containers of {shape.image}, runtime {shape.runtime or 'the default of the engine'}."
+
     async def run(self, code: str, files: Sequence[File] = (), session: str | None = None) -> PythonResult:
         """As `PythonBackend.run`."""
         source = code.encode("utf-8", "replace")
-        if len(source) > self._limits.code_bytes:
-            text = f"The program is {len(source)} bytes long; at most {self._limits.code_bytes} are run."
+        if len(source) > self.limits.code_bytes:
+            text = f"The program is {len(source)} bytes long; at most {self.limits.code_bytes} are run."
             return PythonResult(text, exit_code=1, timed_out=False, truncated=False, seconds=0.0)
         job = _Job(source, files, session)
         self._submit(job)
@@ -233,7 +238,7 @@ class ContainerBackend:
                 ends.append(self._kept.popitem(last=False)[1].end)
             warm = self._warm.popleft() if self._warm and not fresh else None
             self._refill()
-        return warm or Interpreter(self._engine, self._limits, self._packages)
+        return warm or Interpreter(self._engine, self.limits, self._packages)
 
     # -- containers that wait
 
@@ -248,7 +253,7 @@ class ContainerBackend:
         interpreter = None
         try:
             if not ended.is_set() and time.monotonic() >= self._rest_until:
-                interpreter = Interpreter(self._engine, self._limits, self._packages)
+                interpreter = Interpreter(self._engine, self.limits, self._packages)
         except SandboxUnavailable as error:
             self._rest_until = time.monotonic() + _REST_S
             _log.warning("No container could be started ahead of time: %s", error)

@@ -125,7 +125,7 @@ class Engine:
     """A connection to the engine, opened by the first call and safe to use from several threads."""
 
     def __init__(self, shape: Shape, limits: Limits) -> None:
-        self._shape, self._limits = shape, limits
+        self.shape, self._limits = shape, limits
         self._lock = threading.Lock()
         self._client: Any = None
 
@@ -172,13 +172,13 @@ class Engine:
         with self._lock:
             if self._client is None:
                 try:
-                    if url := self._shape.url or _usual_socket():
+                    if url := self.shape.url or _usual_socket():
                         client = sdk.DockerClient(base_url=url, version="auto", timeout=_ENGINE_S)
                     else:
                         client = sdk.from_env(version="auto", timeout=_ENGINE_S)
                     able = client.info()
                 except (sdk.errors.DockerException, OSError, ValueError) as error:
-                    where = self._shape.url or os.environ.get("DOCKER_HOST") or "its usual sockets"
+                    where = self.shape.url or os.environ.get("DOCKER_HOST") or "its usual sockets"
                     raise SandboxUnavailable(
                         f"No container engine answers at {where}: {error}. Start Docker, or `podman system service "
                         "--time=0`, name its socket in DOCKER_HOST, and let this user open it."
@@ -211,7 +211,7 @@ class Engine:
         if left_out := [warning for warning in warnings if "discarded" in warning.lower()]:
             self._remove(identity)
             raise SandboxUnavailable(f"The container engine doesn't limit its containers: {left_out[0]} {_CGROUPS}")
-        wanted = self._shape.runtime
+        wanted = self.shape.runtime
         if wanted is None:
             return
         got = client.api.inspect_container(identity)["HostConfig"].get("Runtime")
@@ -226,7 +226,7 @@ class Engine:
             )
 
     def _parts(self, client: Any, text: str) -> dict[str, Any]:
-        sdk, limits, shape = _sdk(), self._limits, self._shape
+        sdk, limits, shape = _sdk(), self._limits, self.shape
         kernel = shape.runtime not in _PLAIN_RUNTIMES
         memory = limits.memory_bytes + 2 * limits.tmp_bytes + limits.files_bytes + _LIBRARIES_BYTES
         memory += _KERNEL_BYTES if kernel else 0
@@ -275,7 +275,7 @@ class Engine:
         }
 
     def _explained(self, error: Exception) -> SandboxUnavailable:
-        sdk, shape = _sdk(), self._shape
+        sdk, shape = _sdk(), self.shape
         if isinstance(error, sdk.errors.ImageNotFound):
             return SandboxUnavailable(
                 f"The container engine has no image {shape.image!r}: run `docker pull {shape.image}` (or podman pull), "

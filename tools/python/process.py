@@ -1,4 +1,4 @@
-"""Which server a container or a control group belongs to, and whether that server still runs."""
+"""What /proc tells of processes: whether a server still runs, and what a process has started."""
 
 from __future__ import annotations
 
@@ -25,6 +25,16 @@ def runs(pid: int, start: str) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def descendants(pid: int) -> list[int]:
+    """The children of a process and theirs, parents first; those that end meanwhile may be missing."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            for child in Path(f"/proc/{pid}/task/{thread}/children").read_text().split():
+                found += [int(child), *descendants(int(child))]
+    return found
 
 
 def namespace() -> str:

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -36,7 +37,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from tools.python import process
 from tools.python.backend import File, Limits, PythonResult, SandboxUnavailable
+from tools.python.cgroup import Group, limit_group
 from tools.python.interpreter import Cancelled, Interpreter, Job
 from tools.python.packages import modules, top_levels
 from tools.python.pool import WarmPool
@@ -74,15 +77,26 @@ class Bubblewrap:
         running: int = 16,
         sessions: int = 16,
         session_idle_s: float = 900.0,
+        total_memory: int = 4 << 30,
         unsafe_without_sandbox: bool = False,
     ) -> None:
         self.limits = limits or Limits()
         found, why_not = spawners(self.limits, top_levels(packages), modules(packages), unsafe=unsafe_without_sandbox)
-        self._pool = WarmPool(found, idle, why_not, chore=self._expire, chore_s=min(session_idle_s / 2, 30.0))
+        self._pool = WarmPool(
+            found, idle, why_not, on_start=self._bound, chore=self._expire, chore_s=min(session_idle_s / 2, 30.0)
+        )
         self._threads = ThreadPoolExecutor(running, "python")
         self._most_sessions, self._session_idle_s = sessions, session_idle_s
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
         self._lock = threading.Lock()
+        self._total_memory = total_memory
+        self._processes = (running + idle + sessions) * (self.limits.threads + 2)
+        self._group: Group | None = None
+        self._group_said = ""
+
+    @property
+    def state(self) -> str:
+        return f"{self.name}, {self._pool.mode or 'not started'}. {self._group_said}".strip()
 
     @property
     def mode(self) -> str | None:
@@ -125,6 +139,19 @@ class Bubblewrap:
             elif (interpreter := kept.interpreter) is not None:
                 interpreter.kill()  # who runs a program in it clears it away
         self._pool.close()
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+
+    def _bound(self, first: int) -> None:
+        """Put the processes of a zygote that has just started into one control group, where there can be one."""
+        if self._group is None:
+            cores = os.cpu_count() or 1
+            self._group, self._group_said = limit_group(self._total_memory, self._processes, cores)
+        if self._group is not None:
+            for pid in (first, *process.descendants(first)):
+                with contextlib.suppress(ProcessLookupError):
+                    self._group.add(pid)
 
     def _run(self, source: bytes, files: Sequence[File], session: str | None, job: Job) -> PythonResult:
         if job.cancelled:

@@ -62,6 +62,8 @@ class PythonTool(BaseTool):
         except SandboxUnavailable as error:
             return f"SandboxUnavailable: {error}", {"error": True, "sandbox": False}
         notes: list[str] = []
+        if session is not None and result.fresh and "NameError" in result.text:
+            notes.append("The interpreter is new: it has no variables of earlier programs.")
         artifact: dict[str, Any] = {
             "error": result.exit_code != 0 or result.timed_out or result.truncated,
             "exit_code": result.exit_code,
@@ -70,7 +72,8 @@ class PythonTool(BaseTool):
             "seconds": round(result.seconds, 4),
         }
         if kept is not None and (result.files or result.images):
-            artifact["files"], artifact["images"], notes = await asyncio.to_thread(_keep, kept, context, result)
+            artifact["files"], artifact["images"], refused = await asyncio.to_thread(_keep, kept, context, result)
+            notes += refused
         return observation(result, self.limits, notes), artifact
 
     def _run(self, code: str, config: RunnableConfig, **_: Any) -> tuple[str, dict[str, Any]]:
