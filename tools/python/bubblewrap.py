@@ -37,6 +37,7 @@ def wrap(
         command += ["--seccomp", str(filter_fd)]
     command += ["--clearenv", "--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8"]
     command += ["--setenv", "LD_LIBRARY_PATH", "/python/lib", "--setenv", "MPLBACKEND", "Agg"]
+    command += ["--setenv", "MALLOC_ARENA_MAX", "1"]  # else each thread would claim 64 MiB of the address space
     for threads in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         command += ["--setenv", threads, "1"]  # a program has one core, and what has threads can't be forked
     for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):  # set by an operator whose processor needs them

@@ -136,7 +136,7 @@ class Interpreter:
         if not reply.done or truncated:
             if timed_out or truncated or reply.broken:
                 self.kill()
-            exit_code = self._wait(_STATUS_S)
+            exit_code = self._wait(min(_STATUS_S, max(1.0, deadline - time.monotonic())))
             self.kill()
             if reply.broken:
                 output += f"\n{BROKEN}\n".encode()

@@ -18,9 +18,12 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "vfork": (58, None),
     # network; socketpair stays, asyncio wakes itself by it
     "socket": (41, 198),
-    # descriptors in flight between sockets count against the user, who may be the server's as well
+    # descriptors in flight between sockets count against the user, who may be the server's as well; and what the
+    # server sends could be received with a descriptor of the server's process
     "sendmsg": (46, 211),
     "sendmmsg": (307, 269),
+    "recvmsg": (47, 212),
+    "recvmmsg": (299, 243),
     # memory that neither the address space nor a mount's size limits
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
@@ -83,10 +86,11 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
 }
 _EXEC = ((59, 221), (322, 281))  # execve, execveat
 _CLONE, _CLONE3 = (56, 220), (435, 435)
-_FCNTL = (72, 25)
+_FCNTL, _GETSOCKOPT = (72, 25), (55, 209)
 # F_SETSIG, F_SETLEASE, F_NOTIFY, F_SETPIPE_SZ: signals of one's choice, a hold on files of the system that others
 # open, and more than one's share of the memory that a user's pipes may have
 _FCNTL_DENIED = (10, 1024, 1026, 1031)
+_SO_PEERPIDFD = 77  # a descriptor of the process at the channel's other end
 _LATER = 451  # calls of Linux 6.5 and newer, on both machines: statmount, for one, tells paths outside of the sandbox
 _AUDIT_ARCH = (0xC000003E, 0xC00000B7)
 _MACHINES = {"x86_64": 0, "aarch64": 1, "arm64": 1}
@@ -95,7 +99,7 @@ _CLONE_THREAD = 0x00010000
 
 _LOAD, _AND, _RETURN, _EQUAL, _AT_LEAST = 0x20, 0x54, 0x06, 0x15, 0x35  # BPF opcodes on the 32-bit accumulator
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
-_NR, _ARCH, _ARG0, _ARG1 = 0, 4, 16, 24  # offsets in struct seccomp_data, little-endian
+_NR, _ARCH, _ARG0, _ARG1, _ARG2 = 0, 4, 16, 24, 32  # offsets in struct seccomp_data, little-endian
 
 
 def supported(machine: str | None = None) -> bool:
@@ -122,6 +126,8 @@ def program(machine: str | None = None, *, allow_exec: bool = True) -> bytes:
     code += [_op(_EQUAL, _CLONE3[column], no=1), _op(_RETURN, _ERRNO | errno.ENOSYS)]
     code += [_op(_EQUAL, _CLONE[column], no=5), _op(_LOAD, _ARG0), _op(_AND, _CLONE_THREAD)]
     code += [_op(_EQUAL, _CLONE_THREAD, yes=1), deny, _op(_RETURN, _ALLOW)]
+    code += [_op(_EQUAL, _GETSOCKOPT[column], no=4), _op(_LOAD, _ARG2)]
+    code += [_op(_EQUAL, _SO_PEERPIDFD, no=1), deny, _op(_RETURN, _ALLOW)]
     code += [_op(_EQUAL, _FCNTL[column], yes=1), _op(_RETURN, _ALLOW), _op(_LOAD, _ARG1)]
     for command in _FCNTL_DENIED:
         code += [_op(_EQUAL, command, no=1), deny]

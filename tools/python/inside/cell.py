@@ -4,6 +4,7 @@ import sys
 
 NAME = "<code>"
 FRAMES = 3  # of a deep recursion, the innermost frames say enough
+_PART = 2000  # characters of a line in a traceback
 IMAGE_BYTES = 4 << 20
 _MAX_PIXELS = 4000  # of a figure's longer side
 
@@ -44,9 +45,14 @@ def report(error: BaseException, source: bytes) -> None:
         linecache.cache[NAME] = (len(text), None, text.splitlines(keepends=True), NAME)
         told = traceback.TracebackException.from_exception(error, compact=True)
         told.stack = traceback.StackSummary.from_list([f for f in told.stack if f.filename == NAME][-FRAMES:])
-        sys.stderr.write("".join(told.format(chain=False)))
+        sys.stderr.write("".join(map(_shorter, told.format(chain=False))))
     except BaseException:  # an exception whose __str__ fails, or no memory left: its name is always at hand
         sys.stderr.write(type(error).__name__ + "\n")
+
+
+def _shorter(part: str) -> str:
+    """A line of a traceback, which may be a program's only line or an error's whole data."""
+    return part if len(part) <= _PART else f"{part[: _PART // 2]} [...] {part[-_PART // 2 :]}"
 
 
 def figures(most: int) -> list[bytes]:

@@ -96,6 +96,7 @@ def _supervise(settings: dict[str, Any], control: int, output: int, status: int)
     """
     said = socket.socket(fileno=status)
     try:
+        os.setsid()  # else a signal to its process group would reach the zygote and all other interpreters
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         _settle(settings)
         _drop_capabilities()
