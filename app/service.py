@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 import anyio
 
 from feedback_store import NotFound, Outcome, Store, StoreError
-from feedback_store.records import FinalStatus
+from feedback_store.records import FinalStatus, Turn
 from online_rl import verifiers
 from serving.engines.base import EngineError, PromptTooLong, Sampling
 from serving.trajectory import AnswerText, Done, Event, StepDone, StopReason, Trajectory, calls_a_tool
@@ -170,13 +170,14 @@ class Service:
             turn = self.store.turn(turn_id)
             if self.store.conversation(turn.conversation_id).owner != owner:
                 raise NotFound("turn", turn_id)
+            no_task = self._no_task(turn)
             value, why = score, reason
             if verifier is not None and gold is not None:
                 verifiers.check_gold(verifier, gold)
                 calls = sum(calls_a_tool(step.action) for step in turn.steps)
                 judged = verifiers.get(verifier).score(gold, turn.answer, tool_calls=calls)
                 value, why = judged.value, reason or judged.reason
-            return self.store.add_outcome(turn_id, source, value, verifier or "", gold or "", why, owner)
+            return self.store.add_outcome(turn_id, source, value, verifier or "", gold or "", why, owner, no_task)
 
         return await self.call(judge)
 
@@ -250,6 +251,13 @@ class Service:
         conversation_id, turn_id = await self.call(begin)
         return Started(turn_id, conversation_id, version, len(prompt_ids))
 
+    def _no_task(self, turn: Turn) -> str:
+        """Why this question can't be practised, if it can't."""
+        files = self.workspaces.files(turn.conversation_id) if self.workspaces is not None else []
+        if any(file.modified_at < turn.created_at for file in files):
+            return "the question came with files, which training doesn't have."
+        return ""
+
     async def _verify(self, question: Question, started: Started, trajectory: Trajectory) -> Outcome | None:
         if question.verifier is None or question.gold is None:
             return None
@@ -258,8 +266,9 @@ class Service:
         def verify() -> Outcome:
             answer = trajectory.answer if trajectory.stop_reason == "answer" else ""  # what was cut off is no answer
             judged = verifiers.get(name).score(gold, answer, tool_calls=trajectory.tool_calls)
+            no_task = self._no_task(self.store.turn(started.turn_id))
             return self.store.add_outcome(
-                started.turn_id, "verifier", judged.value, name, gold, judged.reason, question.owner
+                started.turn_id, "verifier", judged.value, name, gold, judged.reason, question.owner, no_task
             )
 
         return await self.call(verify)

@@ -41,10 +41,11 @@ class Outcomes(Database):
         gold: str = "",
         reason: str = "",
         owner: str = "",
+        no_task: str = "",
     ) -> Outcome:
         """Records a verdict (`score` in [0, 1], or None where only the right answer is known).
 
-        With a verifier and a gold the turn's prompt becomes a task of kind `verifier`, exactly once for the same
+        `no_task` says why the prompt can't be a task, if it can't. Otherwise, with a verifier and a gold the turn's prompt becomes a task of kind `verifier`, exactly once for the same
         messages, verifier and gold. A full queue keeps the outcome, makes no task, and says so in `note`.
         """
         if source not in get_args(OutcomeSource):
@@ -57,7 +58,9 @@ class Outcomes(Database):
             messages = connection.execute(select(turns.c.messages).where(turns.c.id == turn_id)).scalar()
             if messages is None:
                 raise NotFound("turn", turn_id)
-            if verifier and gold:
+            if no_task:
+                note = f"No task was made: {no_task}"
+            elif verifier and gold:
                 try:
                     task_id, created = put_task(
                         connection,

@@ -115,6 +115,20 @@ async def test_a_stream_ends_with_the_same(world: World) -> None:
     assert cited["url_citation"]["url"] == "https://example.org/sales_%28a%29"
 
 
+async def test_a_question_with_files_is_judged_but_makes_no_task(world: World) -> None:
+    """Training would ask it without the files. What the answer itself wrote is no reason."""
+    asked = {**SUM, "metadata": {"conversation_id": world.conversation, "verifier": "numeric", "gold": "42"}}
+    first = (await world.client.post("/v1/chat/completions", json=asked)).json()["whetstone"]
+    assert [file["name"] for file in first["files"]]
+    assert first["outcome"]["task_id"] is not None
+    second = (await world.client.post("/v1/chat/completions", json=asked)).json()["whetstone"]
+    assert second["outcome"]["score"] is not None
+    assert second["outcome"]["task_id"] is None
+    assert "came with files" in second["outcome"]["note"]
+    taught = {"turn_id": second["turn_id"], "verifier": "numeric", "gold": "43"}
+    assert (await world.client.post("/v1/feedback", json=taught)).json()["task_id"] is None
+
+
 async def test_an_answer_without_tools_has_no_sources_and_no_files(world: World) -> None:
     hello = {"model": "whetstone", "messages": [{"role": "user", "content": "hello"}]}
     body = (await world.client.post("/v1/chat/completions", json=hello)).json()
