@@ -121,8 +121,9 @@ async def test_a_question_with_files_is_judged_but_makes_no_task(world: World) -
     first = (await world.client.post("/v1/chat/completions", json=asked)).json()["whetstone"]
     assert [file["name"] for file in first["files"]]
     assert first["outcome"]["task_id"] is not None
+    await world.upload(("sales.csv", b"20\n22\n"))
     second = (await world.client.post("/v1/chat/completions", json=asked)).json()["whetstone"]
-    assert second["outcome"]["score"] is not None
+    assert second["outcome"]["score"] == 1.0
     assert second["outcome"]["task_id"] is None
     assert "came with files" in second["outcome"]["note"]
     taught = {"turn_id": second["turn_id"], "verifier": "numeric", "gold": "43"}
