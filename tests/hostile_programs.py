@@ -42,7 +42,7 @@ def forge(header, *blobs, length=None):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     channel().sendall(struct.pack(">I", len(text) if length is None else length) + text + b"".join(blobs))
 
-GOOD = {"exit_code": 0, "files": [], "images": 0, "gone": [], "blobs": []}
+GOOD = {"number": 1, "exit_code": 0, "files": [], "images": 0, "gone": [], "blobs": []}
 """
 
 
@@ -409,6 +409,7 @@ FORGERIES = [
     _forged("a number of 100 kB", "forge(b'{\"exit_code\": 0, \"blobs\": [' + b'9' * 100_000 + b']}')"),
     _forged("deep JSON", "forge(b'[' * 60_000)"),
     _forged("deep JSON in an object", "forge(b'{\"blobs\":' * 20_000)"),
+    _forged("another program's", "forge(GOOD | {'number': 2})"),
     _forged("a list", "forge([])"),
     _forged("nothing", "forge({})"),
     _forged("a text", "forge(b'\"blobs\"')"),

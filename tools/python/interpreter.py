@@ -96,9 +96,9 @@ class Interpreter:
         self.programs += 1
         wanted = {} if last else {file.name: hashlib.sha256(file.data).digest() for file in files}
         changed = [file for file in files if last or self._has.get(file.name) != wanted[file.name]]
-        header = {"files": [file.name for file in changed], "last": last}
+        header = {"number": self.programs, "files": [file.name for file in changed], "last": last}
         outgoing = [memoryview(part) for part in pack(header, [code, *(file.data for file in changed)])]
-        output, reply = bytearray(), _Reply(limits)
+        output, reply = bytearray(), _Reply(limits, self.programs)
         timed_out = truncated = False
         if not fresh:
             self._discard()
@@ -213,8 +213,8 @@ def _send(control: socket.socket, outgoing: list[memoryview]) -> None:
 class _Reply:
     """A message from a process that a hostile program may have in its hand: nothing in it is believed unchecked."""
 
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+    def __init__(self, limits: Limits, number: int) -> None:
+        self._limits, self._number = limits, number
         self._data = bytearray()
         self._most = LENGTH.size + MAX_HEADER + limits.files_bytes + limits.images * IMAGE_BYTES
         self._header: dict[str, Any] | None = None
@@ -252,6 +252,8 @@ class _Reply:
             if len(self._data) < LENGTH.size + length:
                 return
             header = json.loads(bytes(self._data[LENGTH.size : LENGTH.size + length]))
+            if header["number"] != self._number:
+                raise ValueError("the answer to another program")
             self._sizes = [_natural(size) for size in header["blobs"]]
             self._needed = LENGTH.size + length + sum(self._sizes)
             if self._needed > self._most or not isinstance(header["files"], list):

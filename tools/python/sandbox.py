@@ -114,13 +114,14 @@ class Bubblewrap:
             return PythonResult(text, exit_code=1, timed_out=False, truncated=False, seconds=0.0)
         job = Job()
         running = self._threads.submit(self._run, source, files, session, job)
+        outcome = asyncio.wrap_future(running)
         try:
-            return await asyncio.shield(asyncio.wrap_future(running))
+            return await asyncio.shield(outcome)
         except asyncio.CancelledError:
             job.cancel()
             if not running.cancel():  # it had begun
                 with contextlib.suppress(Cancelled, SandboxUnavailable):
-                    await asyncio.wrap_future(running)
+                    await outcome
             raise
 
     async def check(self) -> None:

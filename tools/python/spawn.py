@@ -108,7 +108,9 @@ class ForkServer:
             if not _ready(control, _SPAWN_S):
                 os.close(handle)
                 said = _tail_of_pipe(output) or (rest + _rest_of(status))[1:].decode("utf-8", "replace")
-                raise SpawnRefused(f"an interpreter ended at once: {said or 'it said nothing'}")
+                if not said:  # it was killed, maybe together with the zygote
+                    raise SpawnFailed("an interpreter ended at once, and said nothing")
+                raise SpawnRefused(f"an interpreter ended at once: {said}")
         except BaseException:
             control.close()
             status.close()

@@ -44,7 +44,8 @@ def serve(control: socket.socket, folder: str, cpu_s: int, most_files: int, most
             sys.stderr.flush()
         except BaseException:  # the program put something else in their place
             code = code or 1
-        reply = {"exit_code": code, "files": names, "images": len(images), "gone": gone[:most_files]}
+        reply = {"number": header["number"], "exit_code": code}
+        reply |= {"files": names, "images": len(images), "gone": gone[:most_files]}
         for part in frames.pack(reply, [*made, *images]):
             control.sendall(part)
 

@@ -28,6 +28,7 @@ _SECCOMP_MODE_FILTER = 2
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 _CLONE = {"x86_64": 56, "aarch64": 220}
 _CLONE_PIDFD = 0x00001000
+_STOP_MS, _STOP_TRIES = 20, 50
 _raw = ctypes.PyDLL(None, use_errno=True)  # keeps the interpreter's lock: a clone has none of the threads that wait
 
 
@@ -106,21 +107,41 @@ def _supervise(settings: dict[str, Any], control: int, output: int, status: int)
             _interpret(settings, control, output)
         os.close(control)
         os.close(output)
-        handle = os.pidfd_open(child)
-        poll = select.poll()
-        poll.register(handle, select.POLLIN)
-        poll.register(status, select.POLLIN)
-        while handle not in dict(poll.poll()):
-            commands = said.recv(64)
-            if not commands:
-                os._exit(0)
-            for command in commands:
-                os.kill(child, signal.SIGSTOP if command == ord("s") else signal.SIGCONT)
+        _watch(child, said)
         said.sendall(b"%d\n" % os.waitpid(child, 0)[1])
     except BaseException as error:
         with contextlib.suppress(OSError):
             said.sendall(f"!{type(error).__name__}: {error}".encode())
     os._exit(0)
+
+
+def _watch(child: int, said: socket.socket) -> None:
+    """Until the interpreter ends, do what the server says.
+
+    Threads that keep telling one another to go on can break a stop off before it has reached all of them. One that
+    the kernel calls complete is: nobody is left who could. An interpreter that can't be stopped is ended.
+    """
+    ended = os.pidfd_open(child)
+    poll = select.poll()
+    poll.register(ended, select.POLLIN)
+    poll.register(said, select.POLLIN)
+    tries = 0
+    while True:
+        ready = dict(poll.poll(_STOP_MS if tries else None))
+        if ended in ready:
+            return
+        if ready:
+            commands = said.recv(64)
+            if not commands:
+                os._exit(0)
+            for command in commands:
+                tries = _STOP_TRIES if command == ord("s") else 0
+                os.kill(child, signal.SIGSTOP if tries else signal.SIGCONT)
+        elif os.waitid(os.P_PID, child, os.WSTOPPED | os.WNOHANG) is not None:
+            tries = 0
+        else:
+            tries -= 1
+            os.kill(child, signal.SIGSTOP if tries else signal.SIGKILL)
 
 
 def _interpret(settings: dict[str, Any], control: int, output: int) -> None:
