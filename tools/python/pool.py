@@ -15,6 +15,7 @@ from tools.python.spawn import Spawner, SpawnFailed, SpawnRefused
 log = logging.getLogger(__name__)
 _REST_S = 1.0  # after a failure, before the next try
 _POLL_S = 0.05
+_AT_ONCE = 4  # interpreters in the making
 WAY_OUT = (
     "Install bubblewrap 0.8 or newer (apt install bubblewrap, dnf install bubblewrap) and allow user namespaces, "
     "or accept the risk with the option unsafe_without_sandbox."
@@ -120,17 +121,19 @@ class WarmPool:
         tidied = time.monotonic()
         while True:
             with self._changed:
-                while not (self._closed or self._dead or self._wants_more()):
+                while not (self._closed or self._dead or self._missing() > 0):
                     left = tidied + self._chore_s - time.monotonic()
                     if left <= 0:
                         break
                     self._changed.wait(left if self._failure is None else min(left, _REST_S))
                 if self._closed:
                     break
-                self._bury()
-                more = self._wants_more()
-            if more:
-                self._add()
+                dead, self._dead = self._dead, []
+                more = min(self._missing(), _AT_ONCE)
+            if more > 0:
+                self._add(more)
+            for interpreter in dead:  # after what somebody may be waiting for
+                interpreter.close()
             if time.monotonic() >= tidied + self._chore_s:
                 self._chore()
                 tidied = time.monotonic()
@@ -144,20 +147,21 @@ class WarmPool:
             self._thread = None
             self._changed.notify_all()
 
-    def _wants_more(self) -> bool:
+    def _missing(self) -> int:
+        """How many interpreters are to be started now."""
         if self._failure is not None and time.monotonic() < self._failed_at + _REST_S:
-            return False
+            return 0
         if self._failure is not None and not self._waiting:
-            return False  # it's tried again when somebody asks
-        return len(self._idle) < self._target + self._waiting
+            return 0  # it's tried again when somebody asks
+        return self._target + self._waiting - len(self._idle)
 
     def _bury(self) -> None:
         while self._dead:
             self._dead.pop().close()
 
-    def _add(self) -> None:
+    def _add(self, count: int) -> None:
         try:
-            interpreter = self._spawn()
+            made = self._spawn(count)
         except (SpawnFailed, OSError) as error:  # an OSError is our own: no descriptors left, no room for a file
             log.warning("%s", error)
             with self._changed:
@@ -167,13 +171,13 @@ class WarmPool:
             return
         with self._changed:
             self._failure = None
-            self._idle.append(interpreter)
+            self._idle += made
             self._changed.notify_all()
 
-    def _spawn(self) -> Interpreter:
+    def _spawn(self, count: int) -> list[Interpreter]:
         if self._chosen is not None:
             try:
-                return self._chosen.spawn()
+                return self._chosen.spawn(count)
             except SpawnRefused:
                 raise
             except SpawnFailed as error:
@@ -182,7 +186,7 @@ class WarmPool:
         said = [self._why_not] if self._why_not else []
         for spawner in self._spawners:
             try:
-                interpreter = self._start(spawner)
+                made = self._start(spawner)
             except SpawnFailed as error:
                 said.append(str(error))
                 spawner.stop()
@@ -190,11 +194,11 @@ class WarmPool:
             if said:
                 log.warning("the sandbox is in the mode %r: %s", spawner.mode, "; ".join(said))
             self._chosen = spawner
-            return interpreter
+            return made
         raise SpawnFailed("; ".join(said))
 
-    def _start(self, spawner: Spawner) -> Interpreter:
+    def _start(self, spawner: Spawner) -> list[Interpreter]:
         process = spawner.start()
         if process is not None and self._on_start is not None:
             self._on_start(process)
-        return spawner.spawn()
+        return spawner.spawn(1)

@@ -46,7 +46,9 @@ class Spawner(Protocol):
         """Get ready, and give the process id of what outlives the interpreters, if any. Raises SpawnFailed."""
         ...
 
-    def spawn(self) -> Interpreter: ...
+    def spawn(self, count: int) -> list[Interpreter]:
+        """As many interpreters, or none. Raises SpawnFailed."""
+        ...
 
     def stop(self) -> None: ...
 
@@ -89,7 +91,27 @@ class ForkServer:
             raise SpawnFailed(self._last_words("didn't start"))
         return self._process.pid
 
-    def spawn(self) -> Interpreter:
+    def spawn(self, count: int) -> list[Interpreter]:
+        """They are made side by side: while one settles, the zygote forks the next."""
+        begun: list[tuple[socket.socket, socket.socket, int]] = []
+        made: list[Interpreter] = []
+        try:
+            while len(begun) < count:
+                begun.append(self._begin())
+            while begun:
+                made.append(self._finish(*begun.pop(0)))
+        except BaseException:
+            for control, status, output in begun:
+                control.close()
+                status.close()
+                os.close(output)
+            for interpreter in made:
+                interpreter.close()
+            raise
+        return made
+
+    def _begin(self) -> tuple[socket.socket, socket.socket, int]:
+        """Ask for an interpreter: its channel, what tells of its end, and its output."""
         if self._control is None:
             raise SpawnFailed("the zygote isn't started")
         control, their_control = socket.socketpair()
@@ -97,13 +119,18 @@ class ForkServer:
         output, their_output = os.pipe()
         try:
             with their_control, their_status:
-                descriptors = [their_control.fileno(), their_output, their_status.fileno()]
-                try:
-                    socket.send_fds(self._control, [b"f"], descriptors)
-                except OSError as error:
-                    raise SpawnFailed(self._last_words(f"died ({error})")) from error
-                finally:
-                    os.close(their_output)
+                socket.send_fds(self._control, [b"f"], [their_control.fileno(), their_output, their_status.fileno()])
+        except OSError as error:
+            control.close()
+            status.close()
+            os.close(output)
+            raise SpawnFailed(self._last_words(f"died ({error})")) from error
+        finally:
+            os.close(their_output)
+        return control, status, output
+
+    def _finish(self, control: socket.socket, status: socket.socket, output: int) -> Interpreter:
+        try:
             handle, rest = _handle(status, self._last_words)
             if not _ready(control, _SPAWN_S):
                 os.close(handle)
@@ -166,7 +193,18 @@ class Alone:
     def start(self) -> None:
         return None
 
-    def spawn(self) -> Interpreter:
+    def spawn(self, count: int) -> list[Interpreter]:
+        made: list[Interpreter] = []
+        try:
+            while len(made) < count:
+                made.append(self._spawn())
+        except BaseException:
+            for interpreter in made:
+                interpreter.close()
+            raise
+        return made
+
+    def _spawn(self) -> Interpreter:
         control, theirs = socket.socketpair()
         output, their_output = os.pipe()
         settings = _settings(self._limits) | {"output": their_output}

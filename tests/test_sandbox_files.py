@@ -1,0 +1,219 @@
+"""What a program gets and what it gives back: libraries, values, files and figures, in each way of starting it."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langchain_core.runnables import RunnableConfig
+from PIL import Image
+
+from tools.context import ToolContext, config_of
+from tools.python import Bubblewrap, File, Limits, PythonTool, SandboxUnavailable
+from tools.python.packages import top_levels
+from tools.python.pool import WarmPool
+from tools.python.spawn import Alone, ForkServer
+from tools.workspace import Workspaces
+
+pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
+
+LIMITS = Limits(wall_s=30.0, cpu_s=10, files=5, files_bytes=2 << 20, file_bytes=1 << 20, images=3)
+PACKAGES = ("numpy", "scipy", "sympy", "pandas", "matplotlib")
+
+
+@pytest.fixture(scope="module")
+def backend() -> Iterator[Bubblewrap]:
+    made = Bubblewrap(LIMITS, PACKAGES, idle=1)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def bare() -> Iterator[Callable[..., Bubblewrap]]:
+    """A backend with one given way of starting interpreters."""
+    made: list[Bubblewrap] = []
+
+    def new(*spawners: ForkServer | Alone) -> Bubblewrap:
+        one = Bubblewrap(LIMITS, (), idle=1)
+        one._pool = WarmPool(list(spawners), 1)
+        made.append(one)
+        return one
+
+    yield new
+    for one in made:
+        one.close()
+
+
+@pytest.mark.parametrize(
+    ("program", "shows"),
+    [
+        ("import numpy as np\nnp.arange(4).sum()", "np.int64(6)\n"),
+        ("from scipy import optimize\nround(optimize.brentq(lambda x: x**2 - 2, 0, 2), 6)", "1.414214\n"),
+        ("import sympy as s\nx = s.Symbol('x')\ns.integrate(2 * x, x)", "x**2\n"),
+        ("import pandas as pd\npd.Series([1, 2, 3]).mean()", "np.float64(2.0)\n"),
+        ("import torch", "ModuleNotFoundError: No module named 'torch'\n"),
+        ("import gradio", "ModuleNotFoundError: No module named 'gradio'\n"),
+        ("import importlib.metadata as m\nm.version('numpy') > '1'", "True\n"),
+    ],
+)
+async def test_the_libraries_are_there_and_no_others(backend: Bubblewrap, program: str, shows: str) -> None:
+    result = await backend.run(program)
+    assert result.text.endswith(shows)
+
+
+async def test_random_numbers_differ_between_programs(backend: Bubblewrap) -> None:
+    program = "import numpy, random, sympy.core.random as s\n(numpy.random.rand(), random.random(), s.rng.random())"
+    drawn = [(await backend.run(program)).text for _ in range(3)]
+    assert len({value for text in drawn for value in text.strip("()\n").split(", ")}) == 9
+
+
+async def test_files_go_in_and_those_made_or_changed_come_out(backend: Bubblewrap) -> None:
+    given = [File("a.csv", b"1\n2\n"), File("kept.txt", b"same"), File("gone.txt", b"")]
+    result = await backend.run(
+        "import os\nopen('sum.txt', 'w').write(str(sum(map(int, open('a.csv')))))\n"
+        "open('a.csv', 'a').write('3\\n')\nos.remove('gone.txt')\nos.mkdir('below'); open('below/x', 'w').close()\n"
+        "open('.hidden', 'w').close()\nos.symlink('/python/bin/python', 'link'); os.mkfifo('pipe')\n"
+        "print(os.getcwd(), open('kept.txt').read())",
+        given,
+    )
+    assert result.text == "/mnt/data same\n"
+    assert {file.name: file.data for file in result.files} == {"sum.txt": b"3", "a.csv": b"1\n2\n3\n"}
+
+
+async def test_a_session_is_sent_only_what_changed(backend: Bubblewrap) -> None:
+    first = await backend.run("open('b', 'w').write('mine')\nopen('a').read()", [File("a", b"1")], "conversation")
+    assert [file.name for file in first.files] == ["b"]
+    again = await backend.run("open('a').read(), open('b').read()", [File("a", b"2"), *first.files], "conversation")
+    assert (again.text, again.files, again.fresh) == ("('2', 'mine')\n", (), False)
+
+
+@pytest.mark.parametrize(
+    ("program", "most"),
+    [
+        ("for n in range(50): open(f'f{n}', 'w').write('x')", 5),
+        ("for n in range(5): open(f'f{n}', 'wb').write(bytes(900_000))", 3),
+        ("open('huge', 'wb').write(bytes(3 << 20))", 1),
+    ],
+)
+async def test_files_have_limits(backend: Bubblewrap, program: str, most: int) -> None:
+    result = await backend.run(program)
+    assert len(result.files) <= most
+    assert all(len(file.data) <= LIMITS.file_bytes for file in result.files)
+    assert sum(len(file.data) for file in result.files) <= LIMITS.files_bytes
+    assert (await backend.run("1")).text == "1\n"
+
+
+async def test_figures_come_out_as_png(backend: Bubblewrap) -> None:
+    plot = "import matplotlib.pyplot as plt\nfor n in range(2):\n    plt.figure(figsize=(3, 2), dpi=100)\n"
+    result = await backend.run(plot + "    plt.plot([1, 2]); plt.title('$x^2$')\nplt.show()")
+    assert (result.text, result.exit_code) == ("", 0)
+    assert [Image.open(io.BytesIO(png)).size for png in result.images] == [(300, 200), (300, 200)]
+
+
+@pytest.mark.parametrize(
+    ("draw", "images", "shows"),
+    [
+        ("[plt.figure(figsize=(1, 1)) for _ in range(9)]\n0", 3, ""),
+        ("plt.figure(figsize=(900, 1), dpi=100)\n0", 1, ""),
+        ("plt.title('$\\\\frac{$')\n0", 0, "ParseException|ValueError"),
+    ],
+)
+async def test_odd_figures_are_bounded_or_an_error(backend: Bubblewrap, draw: str, images: int, shows: str) -> None:
+    result = await backend.run(f"import matplotlib.pyplot as plt\n{draw}")
+    assert len(result.images) == images
+    assert all(max(Image.open(io.BytesIO(png)).size) <= 4000 for png in result.images)
+    assert not shows or any(part in result.text for part in shows.split("|"))
+
+
+async def used(tool: PythonTool, code: str, config: RunnableConfig) -> Any:
+    return await tool.ainvoke({"type": "tool_call", "name": "code", "id": "1", "args": {"code": code}}, config)
+
+
+async def test_the_tool_keeps_a_conversations_files_and_figures(backend: Bubblewrap, tmp_path: Path) -> None:
+    workspaces = Workspaces(tmp_path)
+    tool = PythonTool(backend=backend, workspaces=workspaces)
+    workspaces.write("conv_1", "a.csv", b"20\n22\n")
+    program = "import matplotlib.pyplot as plt\nplt.plot([1])\nt = sum(map(int, open('a.csv')))\n"
+    program += "open('t.txt', 'w').write(str(t)); print(t)"
+    message = await used(tool, program, config_of(ToolContext("ann", "conv_1")))
+    assert message.content == "42\nDrew 1 figure.\nWrote t.txt."
+    assert message.artifact["files"] == [{"name": "t.txt", "bytes": 2, "media_type": "text/plain"}]
+    assert workspaces.read("conv_1", "t.txt") == b"42"
+    (image,) = message.artifact["images"]
+    assert workspaces.image_path("conv_1", image["name"]).stat().st_size > 0
+    other = await used(tool, "import os\nos.listdir()", config_of(ToolContext("ann", "conv_2")))
+    assert other.content == "[]"
+    alone = await used(tool, "open('x', 'w').close()", config_of(ToolContext()))
+    assert "files" not in alone.artifact
+
+
+async def test_variables_live_on_in_a_conversation_by_option(backend: Bubblewrap, tmp_path: Path) -> None:
+    tool = PythonTool(backend=backend, workspaces=Workspaces(tmp_path), keep_state=True)
+    here, there = config_of(ToolContext("ann", "conv_3")), config_of(ToolContext("bob", "conv_3"))
+    await used(tool, "x = 41", here)
+    assert (await used(tool, "x + 1", here)).content == "42"
+    told = (await used(tool, "x + 1", there)).content.splitlines()
+    assert told[-2] == "NameError: name 'x' is not defined"
+    assert told[-1] == "The interpreter is new: it has no variables of earlier programs."
+
+
+HOSTILE = [
+    ("import os\nos.fork()\nprint('ESC' + 'APED')", "Operation not permitted"),
+    ("import socket\nsocket.socket()\nprint('ESC' + 'APED')", "Operation not permitted"),
+    ("print(open('/etc/passwd').read(), 'ESC' + 'APED')", "No such file"),
+    ("import os\nprint(os.environ.get('SECRET', 'none'))", "none"),
+    ("x = bytearray(8 << 30)\nprint('ESC' + 'APED')", "MemoryError"),
+    ("open('/usr/lib/x', 'w')\nprint('ESC' + 'APED')", "Read-only file system|Permission denied"),
+]
+
+
+@pytest.mark.parametrize("way", ["warm", "as nobody", "cold"])
+async def test_each_way_of_starting_confines(
+    bare: Callable[..., Bubblewrap], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "hunter2")
+    if way == "as nobody" and os.getuid() != 0:
+        pytest.skip("only root can give its rights up")
+    bwrap = shutil.which("bwrap") or ""
+    forked = ForkServer(bwrap, LIMITS, {}, (), as_nobody=way == "as nobody")
+    one = bare(Alone(bwrap, LIMITS, {}) if way == "cold" else forked)
+    assert (await one.run("6 * 7")).text == "42\n"
+    assert way in (one.mode or "")
+    for program, shows in HOSTILE:
+        said = (await one.run(program)).text
+        assert "ESCAPED" not in said
+        assert any(part in said for part in shows.split("|"))
+    made = await one.run("open('a', 'w').write('x')")
+    assert [file.name for file in made.files] == ["a"]
+    assert "ModuleNotFoundError" in (await one.run("import numpy")).text  # it isn't among the packages
+
+
+async def test_cold_interpreters_have_the_libraries_too(bare: Callable[..., Bubblewrap]) -> None:
+    one = bare(Alone(shutil.which("bwrap"), LIMITS, top_levels(("numpy",))))
+    assert (await one.run("import numpy as np\nnp.eye(2).sum()")).text == "np.float64(2.0)\n"
+
+
+async def test_without_a_sandbox_the_limits_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.python.spawn.shutil.which", lambda name: None)
+    monkeypatch.setenv("SECRET", "hunter2")
+    refusing = Bubblewrap(LIMITS, (), idle=0)
+    with pytest.raises(SandboxUnavailable, match="apt install bubblewrap"):
+        await refusing.run("1")
+    refusing.close()
+    unsafe = Bubblewrap(Limits(wall_s=20.0, cpu_s=1), ("numpy",), idle=0, unsafe_without_sandbox=True)
+    try:
+        assert (await unsafe.run("import numpy\n2 + 2")).text == "4\n"
+        assert unsafe.mode == "without a sandbox"
+        assert "hunter2" not in (await unsafe.run("import os\nos.environ")).text
+        assert (await unsafe.run("while True: pass")).timed_out
+        assert "MemoryError" in (await unsafe.run("bytearray(8 << 30)")).text
+        assert (await unsafe.run("while True: print('x' * 999)")).truncated
+        folder = (await unsafe.run("import os\nos.getcwd()")).text.strip("'\n")
+    finally:
+        unsafe.close()
+    assert not os.path.exists(folder)  # noqa: ASYNC240 (nothing else runs)
