@@ -45,8 +45,9 @@ class Outcomes(Database):
     ) -> Outcome:
         """Records a verdict (`score` in [0, 1], or None where only the right answer is known).
 
-        `no_task` says why the prompt can't be a task, if it can't. Otherwise, with a verifier and a gold the turn's prompt becomes a task of kind `verifier`, exactly once for the same
-        messages, verifier and gold. A full queue keeps the outcome, makes no task, and says so in `note`.
+        `no_task` says why the prompt can't be a task, if it can't. Otherwise, with a verifier and a gold, the turn's
+        prompt becomes a task of kind `verifier`, exactly once for the same messages, verifier and gold. A full queue
+        keeps the outcome, makes no task, and says so in `note`.
         """
         if source not in get_args(OutcomeSource):
             raise InvalidRecord(f"The source {source!r} is none of {', '.join(get_args(OutcomeSource))}.")
