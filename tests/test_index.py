@@ -342,6 +342,8 @@ def test_a_folder_that_vanishes_is_said(home: Path, folder: Path, tmp_path: Path
     assert not indexed_folders(folders_of(home))[0].present
     with pytest.raises(NotADirectoryError, match="doesn't exist"):
         add(home, folder)
+    with pytest.raises(NotADirectoryError, match="isn't a folder"):
+        add(home, tmp_path / "elsewhere" / "a.txt")
     assert remove_folder(folders_of(home), folder)
     assert find(home, "quokka") == []
 
@@ -463,6 +465,17 @@ def test_any_text_can_be_read(text: str, media_type: str) -> None:
     except Unreadable:
         return
     assert all(passage.text.strip() for passage in passages(reading))
+
+
+def test_a_page_keeps_its_own_characters() -> None:
+    page = (
+        b"<html><head><title>Tips</title></head><body><article><h1>The a_b [x]</h1><p>If x &lt; 5, then a*b*c is some_name"
+        b"[0] in C:\\dir and C:\\_d.</p><p># of 2</p><pre><code>if a &lt; b: print('\\*')</code></pre></article></body></html>"
+    )
+    reading = read(page, "text/html")
+    assert reading.sections[0].heading == "The a_b [x]"
+    for part in ("If x < 5, then a*b*c is some_name[0] in C:\\dir and C:\\_d.", "\n# of 2", "a < b: print('\\*')"):
+        assert part in reading.text
 
 
 @settings(max_examples=60, deadline=None)

@@ -27,6 +27,12 @@ _SNIFFED = 64 << 10  # bytes that a charset is guessed from
 _TELLING = 12  # bytes beyond ASCII
 _SLOW_CODECS = {"idna", "punycode", "unicode-escape", "raw-unicode-escape", "utf-7"}  # no page needs one of these
 _BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+# Code as it stands (1), backslashes before what Markdown means something by (3), and a line's beginning (4).
+_ESCAPED = re.compile(
+    r"((?<![\\`])(`+)(?!`).+?(?<!`)\2(?!`))|(\\+)(?=[*_`~\[\]<])"
+    r"|(^[ \t]*(?:(?:[-+]|\d+\.)[ \t]+)?\d{0,9})\\(?=[-#>+.)])",
+    re.DOTALL | re.MULTILINE,
+)
 _LIGATURES = str.maketrans({"ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "st", "ﬆ": "st"})
 
 
@@ -129,7 +135,7 @@ def _html(text: str) -> tuple[str, list[Section]]:
         log.debug("trafilatura failed, reading all text of the page: %r", error)
     title = _line(page.title or "") if page else ""
     main = re.sub(r"\*\*(?=\S)(.+?)(?<=\S)\*\*", r"\1", (page.text or "") if page else "")
-    sections = _markdown(main)[1]
+    sections = [Section(_unescaped(one.text), _unescaped(one.heading), one.anchor) for one in _markdown(main)[1]]
     chars = sum(len(section.text) + len(section.heading) for section in sections)
     if chars < _SMALL_PAGE:
         plain_title, plain = _plain_html(text)
@@ -137,6 +143,11 @@ def _html(text: str) -> tuple[str, list[Section]]:
         if chars < _KEPT * len(plain):
             sections = [Section(plain)]
     return title, sections
+
+
+def _unescaped(text: str) -> str:
+    """What trafilatura wrote as Markdown with the page's own characters again: `a_b`, not `a\\_b`."""
+    return _ESCAPED.sub(lambda found: found[1] or (found[4] or "") + "\\" * (len(found[3] or "") // 2), text)
 
 
 @cache

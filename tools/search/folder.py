@@ -25,7 +25,7 @@ from tools.search.walk import MEDIA_TYPES, Found, display_name, read_file, walk
 Progress = Callable[[int, int, str], None]  # files done, files in all, the one that is next
 
 _FORMAT = 1  # of the schema; a file of another one is built anew
-_READERS = 1  # raise it when the readers give other text: all files are read again
+_READERS = 2  # raise it when the readers give other text: all files are read again
 _SCHEMA = (
     DOCUMENTS
     + """
@@ -88,7 +88,12 @@ def index_folder(folders: Path, folder: Path, *, added: bool = True, progress: P
     can't be read is skipped and named. Raises NotADirectoryError, and OSError where `folders` can't be written.
     """
     if not folder.is_dir():
-        raise NotADirectoryError(f"The document folder {folder} doesn't exist; make it, or name another one.")
+        wrong = (
+            "isn't a folder; name the one that it is in"
+            if folder.exists()
+            else "doesn't exist; make it, or name another one"
+        )
+        raise NotADirectoryError(f"The document folder {folder} {wrong}.")
     root = folder.resolve()
     path = shard_path(folders, root)
     folders.mkdir(parents=True, exist_ok=True)
