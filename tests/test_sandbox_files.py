@@ -13,6 +13,7 @@ import pytest
 from langchain_core.runnables import RunnableConfig
 from PIL import Image
 
+from tests.hostile_programs import PRELUDE
 from tools.context import ToolContext, config_of
 from tools.python import Bubblewrap, File, Limits, PythonTool, SandboxUnavailable
 from tools.python.packages import top_levels
@@ -83,6 +84,98 @@ async def test_files_go_in_and_those_made_or_changed_come_out(backend: Bubblewra
     )
     assert result.text == "/mnt/data same\n"
     assert {file.name: file.data for file in result.files} == {"sum.txt": b"3", "a.csv": b"1\n2\n3\n"}
+
+
+async def test_a_file_of_the_same_size_and_time_comes_out(backend: Bubblewrap) -> None:
+    given = [File("a", b"1"), File("b", b"1")]
+    result = await backend.run("with open('a', 'r+b') as file: print(file.write(b'2'))", given)
+    assert result.files == (File("a", b"2"),)
+
+
+@pytest.mark.parametrize(
+    "way", ["os.mkfifo('a')", "os.mkdir('a')", "os.symlink('/tmp/out', 'a')", "os.symlink('a', 'a')"]
+)
+async def test_what_lies_in_a_file_s_way_is_no_trap(backend: Bubblewrap, way: str) -> None:
+    made = await backend.run(f"import os\n{way}", session=way)
+    assert (made.exit_code, made.files) == (0, ())
+    then = await backend.run("print(os.path.exists('/tmp/out'), 'goes on')", [File("a", b"1"), File("b", b"2")], way)
+    assert then.text.startswith("The file a isn't there: ")
+    assert then.text.endswith("False goes on\n")
+    assert (await backend.run("open('b').read()", [File("a", b"1"), File("b", b"2")], way)).text.endswith("'2'\n")
+
+
+async def test_files_too_large_for_the_folder_are_named(backend: Bubblewrap) -> None:
+    large = [File("large.bin", bytes(LIMITS.file_bytes + 1)), File("small.txt", b"1")]
+    result = await backend.run("import os\nos.listdir()", large)
+    assert result.text == "The file large.bin isn't there: File too large.\n['small.txt']\n"
+    many = [File(f"f{n}", bytes(LIMITS.file_bytes - 1)) for n in range(4)]
+    result = await backend.run("import os\nlen(os.listdir())", many)
+    assert "No space left on device" in result.text
+    assert result.exit_code == 0
+
+
+async def test_a_deleted_file_is_there_again_for_the_next_program(backend: Bubblewrap) -> None:
+    given = [File("a", b"1")]
+    assert (await backend.run("import os\nos.remove('a')", given, "deletes")).files == ()
+    again = await backend.run("open('a').read()", given, "deletes")
+    assert (again.text, again.fresh) == ("'1'\n", False)
+
+
+@pytest.mark.parametrize(
+    "name", ["a\nb", "x\u202ey", "a\x00b", "\udc80", ".hidden", "n" * 255, "日本.txt", "a b.csv", "\\"]
+)
+async def test_odd_names_neither_come_out_nor_break_anything(backend: Bubblewrap, name: str) -> None:
+    program = f"try:\n    open({name!r}, 'w').close()\nexcept ValueError: pass\nopen('plain', 'w').close()\n'done'"
+    result = await backend.run(program.encode("utf-8", "backslashreplace").decode())
+    assert (result.text, result.exit_code) == ("'done'\n", 0)
+    odd = [name] if name.isprintable() and name[0] != "." else []
+    assert sorted(file.name for file in result.files) == sorted(["plain", *odd])
+
+
+async def test_programs_don_t_move_each_other_s_place_in_open_files(backend: Bubblewrap) -> None:
+    places = "import os, stat\ndef is_file(n):\n    try: return stat.S_ISREG(os.fstat(n).st_mode)\n"
+    places += "    except OSError: pass\nopened = [n for n in range(3, 64) if is_file(n)]\n"
+    await backend.run(places, session="reads")
+    await backend.run(places + "[os.lseek(n, 12345, os.SEEK_SET) for n in opened]", session="moves")
+    assert "12345" not in (await backend.run("[os.lseek(n, 0, os.SEEK_CUR) for n in opened]", session="reads")).text
+    drawn = await backend.run("import matplotlib.pyplot as plt\nplt.figure(figsize=(2, 1)).suptitle('$x^2$ and x')\n0")
+    assert (drawn.text, len(drawn.images)) == ("0\n", 1)
+
+
+async def test_a_figure_is_shown_once(backend: Bubblewrap) -> None:
+    plot = "import matplotlib.pyplot as plt\nplt.figure(figsize=(1, 1)).savefig('kept.png')"
+    first = await backend.run(plot, session="draws")
+    assert ([file.name for file in first.files], len(first.images)) == (["kept.png"], 1)
+    assert (await backend.run("1", session="draws")).images == ()
+    assert (await backend.run(plot + "\nplt.close()", session="draws")).images == ()
+
+
+async def test_a_figure_of_noise_is_too_large(backend: Bubblewrap) -> None:
+    noise = "import matplotlib.pyplot as plt, numpy as np\nplt.figure(figsize=(15, 15), dpi=100)\n"
+    noise += "plt.figimage(np.random.randint(0, 255, (1500, 1500, 3), dtype='uint8'))\n0"
+    result = await backend.run(noise)
+    assert (result.images, result.exit_code) == ((), 1)
+    assert "as PNG; at most" in result.text
+
+
+async def test_a_traceback_is_cut_to_what_helps(backend: Bubblewrap) -> None:
+    deep = await backend.run("def f(n): return f(n - 1) if n else 1 / 0\n\n\nf(500)")
+    assert deep.text.count('File "<code>"') == 3
+    assert deep.text.endswith("ZeroDivisionError: division by zero\n")
+    library = await backend.run("import numpy as np\nnp.linalg.inv(np.zeros((2, 2)))")
+    assert library.text.count("File") == 1
+    assert library.text.endswith("numpy.linalg.LinAlgError: Singular matrix\n")
+
+
+async def test_forged_figures_and_names_aren_t_kept(backend: Bubblewrap, tmp_path: Path) -> None:
+    """The backend checks the frame, the workspace what is in it."""
+    workspaces = Workspaces(tmp_path)
+    tool = PythonTool(backend=backend, workspaces=workspaces)
+    forge = PRELUDE + "forge(GOOD | {'files': ['n' * 200], 'images': 1, 'blobs': [1, 9]}, b'x', b'<svg/onlo')\n"
+    message = await used(tool, forge + "import time\ntime.sleep(9)", config_of(ToolContext("ann", "conv_9")))
+    assert (message.artifact["files"], message.artifact["images"]) == ([], [])
+    assert message.content.count("wasn't kept") == 2
+    assert workspaces.files("conv_9") == []
 
 
 async def test_a_session_is_sent_only_what_changed(backend: Bubblewrap) -> None:

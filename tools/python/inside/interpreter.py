@@ -6,9 +6,11 @@ import resource
 import socket
 import stat
 import sys
+import time
 
 from . import cell, frames
 
+_TICK_NS = 20_000_000  # more than a tick of any kernel's clock
 State = dict[str, tuple[int, int, int]]  # of a file: inode, size, time of change
 
 
@@ -24,6 +26,7 @@ def serve(control: socket.socket, folder: str, cpu_s: int, most_files: int, most
             os._exit(0)
         header, (source, *contents) = message
         gone = [name for name, data in zip(header["files"], contents, strict=True) if not _put(folder, name, data)]
+        _backdate(folder)
         before = _state(folder)
         used = resource.getrusage(resource.RUSAGE_SELF)
         soft = int(used.ru_utime + used.ru_stime) + cpu_s
@@ -58,6 +61,15 @@ def _state(folder: str) -> State:
             if stat.S_ISREG(status.st_mode):
                 found[entry.name] = (status.st_ino, status.st_size, status.st_mtime_ns)
     return found
+
+
+def _backdate(folder: str) -> None:
+    """A file written within one tick of the file system's clock and again at once would look unchanged."""
+    now = time.time_ns()
+    for name, (_, _, when) in _state(folder).items():
+        if abs(now - when) < _TICK_NS:
+            with contextlib.suppress(OSError):
+                os.utime(os.path.join(folder, name), ns=(when - _TICK_NS, when - _TICK_NS), follow_symlinks=False)
 
 
 def _put(folder: str, name: str, data: bytes) -> bool:
