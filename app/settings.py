@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
 import os
 from pathlib import Path
@@ -15,6 +16,8 @@ from pydantic_settings import (
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
+
+from app.owners import owner_of
 
 SearchBackend = Literal["ddgs", "searxng", "local"]
 
@@ -132,6 +135,14 @@ class Settings(BaseSettings):
             )
         if self.api_port == self.web_port:
             raise ValueError(f"api_port and web_port are both {self.api_port}: give them different numbers.")
+        owners = [owner_of(key.get_secret_value().encode()) for key in self.api_keys]
+        if owners and (unknown := [name for name in self.key_tools if name not in owners]):
+            keys = {key.get_secret_value() for key in self.api_keys}
+            shown = "an API key itself" if unknown[0] in keys else repr(unknown[0])
+            raise ValueError(
+                f"key_tools names {shown}, which is no key's owner, so that it would hold nobody back. The owners of "
+                f"the API keys are {', '.join(owners)}, in their order: name one of these, or take it out."
+            )
         if self.max_tokens + self.observation_tokens > self.context:
             raise ValueError(
                 f"max_tokens {self.max_tokens} + observation_tokens {self.observation_tokens} leave no room for a "
@@ -184,6 +195,9 @@ def load(**overrides: Any) -> Settings:
         for item in error.errors():
             name = ".".join(str(part) for part in item["loc"])
             message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "extra_forbidden":
+                near = difflib.get_close_matches(name, Settings.model_fields, n=1)
+                message = f"there is no such setting{f', did you mean {near[0]}?' if near else ''}"
             got = f" (got {item['input']!r})" if name and not name.startswith("api_keys") else ""  # a secret stays one
             lines.append(f"{name}: {message}{got}" if name else message)
         raise SettingsError("\n".join(lines)) from None

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from app.api.guard import owner_of
+from app.owners import owner_of
 from app.service import Finished, Service, Started
 from app.settings import Settings
 from app.web import verdicts

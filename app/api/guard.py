@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import re
 from dataclasses import dataclass
@@ -11,9 +10,9 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import ApiError
+from app.owners import LOCAL_OWNER, owner_of
 from app.settings import Settings
 
-LOCAL_OWNER = "local"
 OPEN_PATHS = frozenset({"/healthz"})
 UPLOAD_PATH = re.compile(r"/v1/conversations/[^/]+/files")
 FORM_BYTES = 1 << 20  # what a form adds to the files in it
@@ -90,11 +89,6 @@ class BodyLimit:
     def error(self) -> ApiError:
         message = f"the body is over {self.bytes} bytes: send less, or raise {self.setting}."
         return ApiError(413, message, "too_large")
-
-
-def owner_of(key: bytes) -> str:
-    """The owner's name in the record: it tells keys apart and doesn't give them away."""
-    return "key-" + hashlib.sha256(key).hexdigest()[:16]
 
 
 def _unauthorized(message: str, code: str | None) -> ApiError:

@@ -61,7 +61,7 @@ async def _run(settings: Settings) -> None:
 
 
 def _panel(settings: Settings, version: str) -> Panel:
-    from app.api.guard import owner_of
+    from app.owners import owner_of
 
     host = settings.display_host
     rows = Table.grid(padding=(0, 2))

@@ -9,7 +9,7 @@ import gradio as gr
 from fastapi import FastAPI, Request
 from starlette.routing import Mount
 
-from app.api.guard import LOCAL_OWNER, owner_of
+from app.owners import LOCAL_OWNER, owner_of
 from app.settings import Settings
 
 
