@@ -160,6 +160,10 @@ async def test_servers_don_t_hold_up_each_other(tools: Toolbox) -> None:
         ("t", {"command": 7}, "needs `command`"),
         ("t", {"url": ""}, "needs `url`"),
         ("t", {"command": "x", "args": "y"}, "`args` is a list"),
+        ("t", {"command": "x", "args": [1]}, "`args` is a list of texts"),
+        ("t", {"command": "x", "env": {"PORT": 8000}}, "tables of texts"),
+        ("t", {"url": "http://127.0.0.1:9/mcp", "headers": "x"}, "tables of texts"),
+        ("t", {"url": "127.0.0.1:9/mcp"}, "begins with http://"),
         ("t", {"command": "x", "session_kwargs": {}}, "session_kwargs"),
     ],
 )

@@ -61,9 +61,9 @@ def _attribute(entry: str, module_name: str, attribute: str) -> Any:
 
 def _public(module: Any) -> list[str]:
     names = [name for name, value in vars(module).items() if not name.startswith("_") and not inspect.ismodule(value)]
-    return [name for name in names if getattr(getattr(module, name), "__module__", None) in (None, module.__name__)][
-        :12
-    ]
+    found = {name: getattr(module, name) for name in names}
+    own = (None, module.__name__)
+    return [n for n, it in found.items() if isinstance(it, BaseTool) or getattr(it, "__module__", None) in own][:12]
 
 
 def _tools(entry: str, found: Any) -> list[BaseTool]:

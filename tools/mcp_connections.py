@@ -50,6 +50,13 @@ def connection_of(name: str, given: Mapping[str, Any]) -> Connection:
     needed = "command" if kind == "stdio" else "url"
     if not isinstance(connection.get(needed), str) or not connection[needed]:
         raise BadServer(f"mcp_servers.{name} needs `{needed}`, a text.")
-    if not isinstance(connection.get("args", []), list) or not isinstance(connection.get("env") or {}, dict):
-        raise BadServer(f"mcp_servers.{name}: `args` is a list of texts, `env` a table of them.")
+    if needed == "url":
+        schemes = ("ws://", "wss://") if kind == "websocket" else ("http://", "https://")
+        if not connection["url"].lower().startswith(schemes):
+            raise BadServer(f"mcp_servers.{name}: `url` is {connection['url'][:200]!r}; it begins with {schemes[0]}.")
+    arguments, tables = connection.get("args", []), [connection.get(key) or {} for key in ("env", "headers")]
+    texts = [*arguments] if isinstance(arguments, list) else [None]
+    texts += [text for table in tables for text in (table.values() if isinstance(table, dict) else [None])]
+    if not all(isinstance(text, str) for text in texts):
+        raise BadServer(f"mcp_servers.{name}: `args` is a list of texts, `env` and `headers` are tables of texts.")
     return cast(Connection, connection)
