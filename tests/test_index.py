@@ -470,8 +470,8 @@ def test_any_text_can_be_read(text: str, media_type: str) -> None:
 def test_a_page_keeps_its_own_characters() -> None:
     page = (
         b"<html><head><title>Tips</title></head><body><article><h1>The a_b [x]</h1><p>If x &lt; 5, then a*b*c is "
-        b"some_name[0] in C:\\dir and C:\\_d.</p><p># of 2</p><pre><code>if a &lt; b: print('\\*')</code></pre></article>"
-        b"</body></html>"
+        b"some_name[0] in C:\\dir and C:\\_d.</p><p># of 2</p><pre><code>if a &lt; b: print('\\*')</code></pre>"
+        b"</article></body></html>"
     )
     reading = read(page, "text/html")
     assert reading.sections[0].heading == "The a_b [x]"
