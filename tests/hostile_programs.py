@@ -1,5 +1,7 @@
 """Programs that attack the sandbox, each with what it must not achieve and the sign that it has tried.
 
+They do the machine as little harm as they can should the sandbox be broken: a mode is set to what it is.
+
 A program prints ESCAPED when it got what it wanted. `$SERVER`, `$PORT` and `$SECRET` stand for the server's process id,
 a port that it listens on and a file that it can read.
 """
@@ -29,6 +31,9 @@ def call(what, number, *arguments):
     ctypes.set_errno(0)
     got = libc.syscall(number, *arguments)
     tell(got >= 0, what, errno.errorcode.get(ctypes.get_errno(), got))
+
+def same_mode(file):
+    os.chmod(file, stat.S_IMODE(os.stat(file).st_mode))
 
 def channel():
     for descriptor in range(3, 64):
@@ -705,16 +710,16 @@ FILES = [
     _one("nothing else can be written", "change what others read", """
         for folder, folders, files in os.walk("/"):
             if folder in ("/tmp", "/dev/shm", "/mnt/data"): continue
-            for act in (lambda: open(folder + "/mine", "w"), lambda: os.chmod(folder, 0o777), lambda: os.utime(folder),
+            for act in (lambda: open(folder + "/mine", "w"), lambda: same_mode(folder), lambda: os.utime(folder),
                         lambda: os.mkdir(folder + "/mine")):
                 try: act()
                 except OSError: pass
                 else: tell(True, folder, "")
             for name in files[:5]:
                 path = os.path.join(folder, name)
-                for act in (lambda: open(path, "ab") if not folder == "/dev" else 1 / 0, lambda: os.chmod(path, 0o777),
-                            lambda: os.remove(path), lambda: os.utime(path), lambda: os.rename(path, path + "x"),
-                            lambda: os.setxattr(path, "user.x", b"y")):
+                for act in (lambda: open(path, "ab") if not folder == "/dev" else 1 / 0, lambda: same_mode(path),
+                            lambda: os.utime(path), lambda: os.rename(path, path),
+                            lambda: os.removexattr(path, "user.x")):
                     try: act()
                     except (OSError, ZeroDivisionError): pass
                     else: tell(True, path, "")
@@ -724,12 +729,12 @@ FILES = [
     _one("devices", "change the machine's devices", """
         for name in os.listdir("/dev"):
             if name == "shm": continue
-            attempt(name, lambda: os.chmod("/dev/" + name, 0o000))
+            attempt(name, lambda: same_mode("/dev/" + name))
             attempt(name, lambda: os.utime("/dev/" + name))
-            attempt(name, lambda: os.remove("/dev/" + name))
+            attempt(name, lambda: os.rename("/dev/" + name, "/dev/" + name))
         for descriptor in range(3):
             if stat.S_ISCHR(os.fstat(descriptor).st_mode):
-                attempt(descriptor, lambda: os.fchmod(descriptor, 0o000))
+                attempt(descriptor, lambda: same_mode(descriptor))
     """, "(refused .*\n){3}"),
     _one("devices of its own", "make a device", """
         for number in (os.makedev(1, 1), os.makedev(1, 3), os.makedev(8, 0), os.makedev(5, 0)):

@@ -134,7 +134,7 @@ class ForkServer:
             handle, rest = _handle(status, self._last_words)
             if not _ready(control, _SPAWN_S):
                 os.close(handle)
-                said = _tail_of_pipe(output) or (rest + _rest_of(status))[1:].decode("utf-8", "replace")
+                said = _tail_of_pipe(output) or (rest + _rest_of(status)).lstrip(b"!").decode("utf-8", "replace")
                 if not said:  # it was killed, maybe together with the zygote
                     raise SpawnFailed("an interpreter ended at once, and said nothing")
                 raise SpawnRefused(f"an interpreter ended at once: {said}")

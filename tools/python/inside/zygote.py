@@ -149,9 +149,9 @@ def _watch(child: int, said: socket.socket) -> None:
 def _interpret(settings: dict[str, Any], control: int, output: int) -> None:
     """As the interpreter: give up what is left, then serve."""
     try:
+        _open_output(output)
         os.close(0)
         os.open("/dev/null", os.O_RDONLY)
-        _open_output(output)
         for descriptor, path in settings["opened"]:
             _open_anew(descriptor, path)
         _limit(settings, settings["base"] + settings["memory"])
