@@ -186,10 +186,10 @@ async def test_between_its_programs_a_session_has_no_time(make: Make) -> None:
     spin = "import threading, time\ndef spin():\n    while True: pass\n"
     spin += "threading.Thread(target=spin, daemon=True).start()\ntime.process_time()"
     used = float((await backend.run(spin, session="s")).text)
-    await asyncio.sleep(1)
+    await asyncio.sleep(1.5)
     after = await backend.run("time.process_time()", session="s")
     assert not after.fresh
-    assert float(after.text) - used < 0.7
+    assert float(after.text) - used < 0.4
 
 
 @pytest.mark.parametrize(

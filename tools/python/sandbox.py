@@ -11,7 +11,8 @@ Covered, by bubblewrap and by namespaces, a system call filter and limits of eac
 - time, CPU, address space, threads, open files, file size, folder size, output and results; past one, the program is
   stopped. Where the machine has cgroups that the server may use, all programs together have a bound as well
 - state: an interpreter serves one program, or the programs of one conversation, and is then ended; all are gone with
-  the server
+  the server. Between the programs of a conversation its interpreter is stopped, with all its threads; one whose threads
+  won't stop is ended after a second
 Not covered:
 - a hole in the kernel: this isn't a virtual machine. The filter closes the doors that such holes are found behind;
   docs/sandbox.md names backends that put more between
@@ -19,9 +20,11 @@ Not covered:
   files as they hold, and one core, at the same time as others up to `running`
 - what forked processes share: interpreters of one server have the same memory layout and the same string hashes, so
   what one program learns of them holds for the next
-- timing and other side channels
+- timing and other side channels, and locks on the files that all may read
+- in a conversation that keeps its state, the CPU limit of one program: it can raise it up to the wall clock's
 - in the mode "cold" (bubblewrap without nested user namespaces) interpreters share no zygote: a call starts Python and
-  imports what it needs. In user namespace mode, a server that is root stays root outside: `doctor` names the mode
+  imports what it needs. In user namespace mode, a server that is root stays root outside, whose threads
+  the kernel doesn't count: `doctor` names the mode
 - `unsafe_without_sandbox` where bubblewrap doesn't work: only limits and an empty environment; it reads what you can
 """
 
