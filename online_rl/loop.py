@@ -58,7 +58,7 @@ class RunRefused(RuntimeError):
 @dataclass(frozen=True)
 class RunOptions:
     """What a run works on. `heldout` is the evaluation's frozen set; a queued task that is in it isn't trained on.
-    `practice` makes up for a queue of fewer tasks than it has itself."""
+    `practice` makes up for a queue of fewer tasks than it has itself. `tool_seconds` is what one tool call may take."""
 
     recipe: Recipe
     heldout: Sequence[Task]
@@ -69,6 +69,7 @@ class RunOptions:
     least_tasks: int = 8
     evaluation: Sampling = field(default_factory=lambda: Sampling(0.7, 0.95, 256, seed=1))
     gate: GateConfig = field(default_factory=GateConfig)
+    tool_seconds: float = Limits.tool_seconds
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class _Run:
             max_turns=self.recipe.max_turns,
             answer_tokens=self.recipe.max_response_tokens,
             observation_tokens=self.recipe.max_observation_tokens,
+            tool_seconds=options.tool_seconds,
         )
         self.agent = Agent(self.engine, make_dialect(options.dialect, base.tokenizer), toolbox, limits)
         self.seconds: dict[str, float] = {}

@@ -7,6 +7,7 @@ import json
 import os
 import sqlite3
 from contextlib import aclosing, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +331,20 @@ def test_a_resumed_evaluation_is_made_on_the_same_results(home, base, world):
     record = ResultRecord(folder / EVALUATION, write=False)
     kept = [record.own(task.id, "search", task.question) for task in options.heldout]
     assert len({one.text for one in kept if one is not None}) == 4
+
+
+def test_a_run_gives_its_tools_the_time_that_it_is_told(home, base, world, monkeypatch):
+    path, store, options, _ = home
+    given = []
+
+    class Watched(Agent):
+        def __init__(self, *of: Any) -> None:
+            super().__init__(*of)
+            given.append(self.limits.tool_seconds)
+
+    monkeypatch.setattr("online_rl.loop.Agent", Watched)
+    run_once(path, store, base, world.toolbox(), replace(options, tool_seconds=60.0))
+    assert given == [60.0]
 
 
 def test_an_evaluation_of_a_run_that_kept_nothing_is_refused(tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ def train(
     settings = console.settings()
     _be_nice()
     from app.record import open_store
-    from app.tools import open_toolbox
+    from app.tools import open_toolbox, tool_seconds
     from feedback_store import StoreError
     from online_rl.loop import RunOptions, RunRefused, run_once
     from online_rl.recipe import RecipeError, load_recipe
@@ -66,6 +66,7 @@ def train(
             recipe_name=recipe,
             dialect=settings.dialect,
             evaluation=Sampling(settings.temperature, settings.top_p, 256, seed=1),
+            tool_seconds=tool_seconds(settings),
         )  # fmt: skip
         with _bars() as listen, open_store(settings) as store:
             base = _base(settings, listen)
@@ -134,7 +135,7 @@ def evaluate(
 
     settings = console.settings()
     from app.record import open_store
-    from app.tools import open_toolbox
+    from app.tools import open_toolbox, tool_seconds
     from feedback_store import NotFound, StoreError
     from online_rl.evaluation import Recorded
     from online_rl.evaluation import evaluate as measure
@@ -156,7 +157,8 @@ def evaluate(
         base: BaseModel, toolbox: Toolbox, version: str, path: Path, listen: Callable[[str, int, int, str], None]
     ) -> Any:
         engine = LlamaCppEngine(base, slots=16, context=1536)
-        agent = Agent(engine, make_dialect(settings.dialect, base.tokenizer), toolbox, Limits(settings.max_turns))
+        limits = Limits(settings.max_turns, settings.observation_tokens, tool_seconds(settings))
+        agent = Agent(engine, make_dialect(settings.dialect, base.tokenizer), toolbox, limits)
         call = None if seen is None else Recorded(agent.run_tool, seen, "recorded")
         await engine.load(version, path)
         try:
