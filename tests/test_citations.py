@@ -11,6 +11,8 @@ from markdown_it import MarkdownIt
 
 from app.artifacts import files_of, images_of
 from app.citations import MAX_SOURCES, sources_of, web_address
+from app.commands.ask import _show
+from app.service import Finished, Started
 from app.web.safe import as_link, as_words
 from serving.trajectory import Observation, Step, StopReason, Trajectory
 
@@ -53,6 +55,14 @@ def test_a_tool_that_failed_and_an_answer_that_never_came_cite_nothing() -> None
     assert sources_of(trajectory(seen(WIKI, error=True), Observation("code", "42"))) == []
     assert sources_of(trajectory(seen(WIKI), stop_reason="no_answer")) == []
     assert sources_of(trajectory()) == []
+
+
+def test_a_terminal_shows_them_too(capsys: pytest.CaptureFixture[str]) -> None:
+    started = Started("turn_1", "conv_1", "v0", 1)
+    _show(Finished(started, trajectory(seen(WIKI, {**LOCAL, "title": "[bold]Countries"})), None), as_json=False)
+    shown = capsys.readouterr().out
+    assert "1. Mongolia (https://example.org/Mongolia)" in shown
+    assert "2. [bold]Countries (GeoNames)" in shown
 
 
 @pytest.mark.parametrize("listed", [None, "x", 7, {"title": "x"}, [None, "x", 7, [], {}, {"title": 3, "url": []}]])

@@ -67,10 +67,15 @@ async def _ask(settings: Settings, question: str, version: str | None, as_json: 
 
 
 def _show(finished: Finished, as_json: bool) -> None:
+    from app.citations import sources_of
+
     if as_json:
         from app.api import wire
 
         console.print_json(wire.completion(finished).model_dump(exclude_unset=True))
         return
     console.out.print(escape(finished.trajectory.answer) or "[dim]The model gave no answer.[/]")
+    for source in sources_of(finished.trajectory):
+        whose = source.url or source.source
+        console.out.print(f"[dim]{source.number}. {escape(f'{source.title} ({whose})' if whose else source.title)}[/]")
     console.out.print(f"[dim]{finished.started.version} · {finished.started.turn_id}[/]")
