@@ -525,6 +525,12 @@ def test_the_command(tmp_path: Path, home: Path, folder: Path, monkeypatch: pyte
     added = run.invoke(app, ["index", "add", str(folder), "--json"])
     report = json.loads(added.stdout)
     assert (report["new"], report["passages"], report["skipped"][0]["path"]) == (2, 1, "b.txt")
+    monkeypatch.setenv("WHETSTONE_SEARCH_BACKENDS", "ddgs,local")
+    assert "Search asks ddgs first" in run.invoke(app, ["index", "add", str(folder)]).stdout
+    monkeypatch.setenv("WHETSTONE_SEARCH_BACKENDS", "ddgs")
+    assert "search_backends lacks local" in run.invoke(app, ["index", "add", str(folder)]).stdout
+    monkeypatch.setenv("WHETSTONE_SEARCH_BACKENDS", "local")
+    assert "search_backends" not in run.invoke(app, ["index", "add", str(folder)]).stdout
     assert "b.txt isn't text" in run.invoke(app, ["index", "add", str(folder)]).stdout
     assert "My%20papers/a.txt" in run.invoke(app, ["index", str(folder), "--query", "quokka"]).stdout
     (listed,) = json.loads(run.invoke(app, ["index", "list", "--json"]).stdout)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -76,6 +76,7 @@ def add(folder: Folder, query: Query = None, as_json: AsJson = False) -> None:
         console.print_json(report)
     else:
         _tell(report)
+        _warn(settings.search_backends)
     _try(open_library(settings.home) if query else None, query)
 
 
@@ -141,6 +142,17 @@ def _tell(report: Report) -> None:
             )
         if len(notes) > _SHOWN:
             console.out.print(f"  and {len(notes) - _SHOWN} more; --json has all", style="dim")
+
+
+def _warn(backends: Sequence[str]) -> None:
+    """Tell of settings by which the folder wouldn't be searched, or hardly ever."""
+    if "local" not in backends:
+        said = "search_backends lacks local: add it, or search won't read this folder."
+    elif backends[0] != "local":
+        said = f"Search asks {backends[0]} first, and your folders if that finds nothing: see search_backends."
+    else:
+        return
+    console.out.print(said, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def _try(library: LocalIndex | None, query: str | None) -> None:
