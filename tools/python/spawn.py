@@ -214,13 +214,15 @@ class Alone:
             failed.callback(control.close)
             stack.callback(os.close, their_output)
             stack.enter_context(theirs)
-            folder = tempfile.TemporaryDirectory(prefix="whetstone-", ignore_cleanup_errors=True)
-            failed.callback(folder.cleanup)
             descriptors = [theirs.fileno(), their_output]
+            cwd, own = "/", failed.enter_context(contextlib.ExitStack())
             if self._bwrap is None:
+                folder = tempfile.TemporaryDirectory(prefix="whetstone-", ignore_cleanup_errors=True)
+                own.callback(folder.cleanup)
+                cwd = folder.name
                 command, inside = bubblewrap.unwrapped()
                 parents = {str(path.parent) for path in self._packages.values()}
-                settings |= {"threads": 0, "folder": folder.name, "path": sorted(parents)}
+                settings |= {"threads": 0, "folder": cwd, "path": sorted(parents)}
             else:
                 filter_fd = stack.enter_context(_descriptor(seccomp.program()))
                 descriptors.append(filter_fd)
@@ -231,7 +233,7 @@ class Alone:
                 inside = "/python/whetstone"
                 settings["path"] = [bubblewrap.PACKAGES]
             command += [*bubblewrap.start(inside), "single", str(theirs.fileno()), json.dumps(settings)]
-            process = _popen(command, descriptors, their_output, cwd=folder.name)
+            process = _popen(command, descriptors, their_output, cwd=cwd)
             stack.close()
             if not _ready(control, _SPAWN_S):
                 _end(process)
@@ -252,7 +254,7 @@ class Alone:
 
         def close() -> None:
             _end(process)
-            folder.cleanup()
+            own.close()
 
         return Interpreter(control, output, kill, wait, close)
 
