@@ -64,6 +64,7 @@ class Settings(BaseSettings):
         default=["ddgs", "local"], min_length=1, description="asked in this order until one answers"
     )
     search_seconds: float = Field(6.0, gt=0, description="of one look-up on the web, retries included")
+    search_results: int = Field(1, ge=1, le=10, description="found passages that one search shows; v0 is used to one")
     search_region: str = Field("us-en", description="of ddgs and SearXNG: country-language")
     search_safe: Literal["on", "moderate", "off"] = "moderate"
     search_age: Literal["day", "week", "month", "year"] | None = Field(None, description="no older pages than this")
@@ -111,11 +112,14 @@ class Settings(BaseSettings):
     tool_seconds: float | None = Field(
         None, gt=0, description="of one tool call, waiting included; None: twice that of Python, search or fetch"
     )
+    training_tools: Annotated[list[str], NoDecode] = Field(
+        default=["code", "search"], description="what training and evaluation may call, thousands of times"
+    )
     tool_calls_per_owner: int = Field(8, ge=1, description="tool calls of one owner at the same time")
     audit: bool = Field(True, description="write a line for each tool call to audit.jsonl")
     queue_max: int = Field(10_000, ge=1, description="tasks that may wait for training")
 
-    @field_validator("api_keys", "search_backends", "python_packages", "tools", mode="before")
+    @field_validator("api_keys", "search_backends", "python_packages", "tools", "training_tools", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
@@ -142,6 +146,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"key_tools names {shown}, which is no key's owner, so that it would hold nobody back. The owners of "
                 f"the API keys are {', '.join(owners)}, in their order: name one of these, or take it out."
+            )
+        if 2 * self.files_mb > self.python_memory_mb:
+            raise ValueError(
+                f"files_mb {self.files_mb} is over half of python_memory_mb {self.python_memory_mb}: a program "
+                "couldn't be given its files. Lower the one or raise the other."
             )
         if self.max_tokens + self.observation_tokens > self.context:
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 
@@ -27,14 +27,15 @@ def open_toolbox(
     workspaces: Workspaces | None = None,
     audit: bool = False,
     warm: bool = False,
+    only: Collection[str] | None = None,
 ) -> Iterator[Toolbox]:
     """Python, search, the page opener if it is on, the operator's own tools, and those of MCP servers.
 
     Blocks for some seconds; what was started ends with the block. `search_backends` instead of the settings' own;
     `workspaces` keep the files of conversations; `audit` writes the audit, if the settings have one; `warm` has Python
-    start at once instead of at its first call. Raises ValueError
-    and OSError with the way out: a setting that can't be used, an index that can't be built. An MCP server that is
-    down costs a warning.
+    start at once instead of at its first call; `only` leaves all other tools out, and starts no server without one.
+    Raises ValueError and OSError with the way out: a setting that can't be used, an index that can't be built. An MCP
+    server that is down costs a warning.
     """
     with ExitStack() as stack:
         write = stack.enter_context(audit_file(settings.home / "audit.jsonl")) if audit and settings.audit else None
@@ -46,11 +47,19 @@ def open_toolbox(
             own.append(FetchTool(timeout_s=settings.fetch_seconds, max_bytes=settings.fetch_bytes))
         toolbox = Toolbox(own, settings.tool_calls_per_owner, write)
         toolbox.add(load_tools(settings.tools))
-        if settings.mcp_servers:
+        servers = {
+            name: server
+            for name, server in settings.mcp_servers.items()
+            if only is None or any(tool.startswith(f"{name}_") for tool in only)
+        }
+        if servers:
             from tools.mcp import McpServers  # half a second of imports, for those who have one
 
-            stack.enter_context(McpServers(settings.mcp_servers, toolbox))
-        _look_for_unknown(settings, toolbox)
+            stack.enter_context(McpServers(servers, toolbox))
+        if only is None:
+            _look_for_unknown(settings, toolbox)
+        else:
+            toolbox.discard(set(toolbox.names()) - set(only))
         yield toolbox
 
 
@@ -74,6 +83,7 @@ def open_python(settings: Settings, warm: bool = False) -> Iterator[PythonBacken
         cpu_s=max(1, min(Limits.cpu_s, round(settings.python_seconds))),
         memory_bytes=settings.python_memory_mb << 20,
         files_bytes=settings.files_mb << 20,
+        file_bytes=settings.files_mb << 20,  # what can be uploaded can be read
     )
     if settings.python_backend == "container":
         from tools.python.container import ContainerBackend  # its client is an extra
@@ -105,7 +115,7 @@ def open_python(settings: Settings, warm: bool = False) -> Iterator[PythonBacken
 
 def _python(backend: PythonBackend, settings: Settings, workspaces: Workspaces | None) -> BaseTool:
     keep_state = settings.python_state == "conversation"
-    return PythonTool(backend=backend, workspaces=workspaces, keep_state=keep_state, limits=backend.limits)
+    return PythonTool(backend=backend, workspaces=workspaces, keep_state=keep_state)
 
 
 def _search(settings: Settings, backends: Sequence[str] | None) -> BaseTool:
@@ -119,6 +129,8 @@ def _search(settings: Settings, backends: Sequence[str] | None) -> BaseTool:
         cache_s=settings.search_cache_seconds,
         per_minute=settings.search_per_minute,
         searxng_url=settings.searxng_url,
+        max_results=settings.search_results,
+        max_chars=600 * settings.search_results,
     )
     return open_search(settings.home, options, settings.documents)
 

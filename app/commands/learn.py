@@ -73,7 +73,7 @@ def train(
             install_shipped(store, settings.home)
             # What the bundled corpus knows, it answers: practice is judged by it. The web is asked for the rest.
             backends = tuple(sorted(settings.search_backends, key=lambda name: name != "local"))
-            with open_toolbox(settings, backends) as toolbox:
+            with open_toolbox(settings, backends, only=settings.training_tools) as toolbox:
                 result = run_once(settings.home, store, base, toolbox, options, listen)
     except KeyboardInterrupt:
         console.err.print("Interrupted. Nothing is lost: the same command goes on where it was.")
@@ -110,7 +110,7 @@ def warmup(
             base = _base(settings, listen)
             folder = out.expanduser().absolute()
             work = settings.home / "warmup"
-            with open_toolbox(settings, ("local",)) as toolbox:
+            with open_toolbox(settings, ("local",), only=("code", "search")) as toolbox:
                 manifest = run(
                     base, toolbox, folder, work, WarmupConfig(seed=seed),
                     lambda phase, done, of: listen(phase, done, of, ""),
@@ -182,7 +182,7 @@ def evaluate(
             base = _base(settings, listen)
             install_shipped(store, settings.home)
             name = version or store.current_version() or "v0"
-            with open_toolbox(settings, ("local",)) as toolbox:
+            with open_toolbox(settings, ("local",), only=settings.training_tools) as toolbox:
                 results, _ = asyncio.run(go(base, toolbox, name, Path(store.version(name).path), listen))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
