@@ -190,6 +190,29 @@ async def test_a_session_is_sent_only_what_changed(backend: Bubblewrap) -> None:
     assert (again.text, again.files, again.fresh) == ("('2', 'mine')\n", (), False)
 
 
+async def test_what_a_person_deletes_is_gone_from_a_session(backend: Bubblewrap) -> None:
+    both = [File("a", b"1"), File("b", b"2")]
+    assert (await backend.run("open('own', 'w').close()", both, "deleting")).exit_code == 0
+    left = await backend.run("import os\nsorted(os.listdir())", both[:1], "deleting")
+    assert left.text == "['a', 'own']\n"
+
+
+async def test_what_is_left_out_is_told(backend: Bubblewrap) -> None:
+    files = await backend.run("for n in range(9): open(f'f{n}', 'w').write('x')")
+    assert files.text == "4 files weren't kept: too many or too large.\n"
+    figures = await backend.run("import matplotlib.pyplot as plt\nfor _ in range(4): plt.figure(figsize=(1, 1))")
+    assert figures.text == "Of 4 figures the first 3 are shown.\n"
+
+
+async def test_a_semicolon_hides_the_value_as_in_a_notebook(backend: Bubblewrap) -> None:
+    assert (await backend.run("x = 5\nx;")).text == ""
+
+
+async def test_its_files_are_not_the_program_s_memory(backend: Bubblewrap) -> None:
+    given = [File(f"f{n}", bytes(400_000)) for n in range(4)]
+    assert (await backend.run(f"len(bytearray({backend.limits.memory_bytes - (16 << 20)}))", given)).exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("program", "most"),
     [

@@ -27,7 +27,7 @@ def toolbox(tmp_path_factory: pytest.TempPathFactory) -> Toolbox:
 @pytest.fixture(scope="module")
 def hurried() -> Toolbox:
     limits = replace(Limits(), wall_s=1.0, cpu_s=1)
-    tool = PythonTool(backend=Bubblewrap(limits, (), idle=1), limits=limits)
+    tool = PythonTool(backend=Bubblewrap(limits, (), idle=1))
     return Toolbox([tool], budget=Budget(seconds=60))
 
 

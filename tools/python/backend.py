@@ -15,8 +15,8 @@ class SandboxUnavailable(RuntimeError):
 class Limits:
     """What one program may use. Sizes in bytes, times in seconds; `threads` counts the main one.
 
-    `memory_bytes` is what the program adds to an interpreter with its libraries imported. `tmp_bytes` bounds the
-    private /tmp, `files_bytes` the working folder, `file_bytes` one file in either.
+    `memory_bytes` is what the program adds to an interpreter with its libraries imported. `tmp_bytes` bounds each
+    of the private /tmp and /dev/shm, `files_bytes` the working folder, `file_bytes` one file in either.
     """
 
     wall_s: float = 8.0

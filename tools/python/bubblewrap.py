@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from tools.python.backend import Limits
+
 NOBODY = 65534
 FOLDER = "/mnt/data"  # where a program's files lie, and where it starts
 PACKAGES = "/python/packages"
@@ -16,7 +18,7 @@ _PYTHON = Path(os.path.realpath(sys.executable))
 
 
 def wrap(
-    bwrap: str, packages: Mapping[str, Path], *, user_namespace: bool, proc: bool, tmp_bytes: int, filter_fd: int | None
+    bwrap: str, packages: Mapping[str, Path], *, user_namespace: bool, proc: bool, limits: Limits, filter_fd: int | None
 ) -> list[str]:
     """The command up to and including the interpreter.
 
@@ -65,8 +67,8 @@ def wrap(
             command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
     if proc:
         command += ["--proc", "/proc"]
-    for folder in ("/dev/shm", "/tmp", FOLDER):
-        command += ["--perms", "1777", "--size", str(tmp_bytes), "--tmpfs", folder]
+    for folder, size in (("/dev/shm", limits.tmp_bytes), ("/tmp", limits.tmp_bytes), (FOLDER, limits.files_bytes)):
+        command += ["--perms", "1777", "--size", str(size), "--tmpfs", folder]
     return [*command, "--remount-ro", "/", "--chdir", "/tmp", "--", "/python/bin/python"]
 
 

@@ -71,6 +71,7 @@ class Interpreter:
         self._ending = threading.Lock()
         self._closed = False
         self._has: dict[str, bytes] = {}  # the files in its folder, as far as we know, by name: their hashes
+        self._given: set[str] = set()  # the names of the files that it was last given
         self.programs = 0
         self.alive = True
         self.used_at = time.monotonic()
@@ -96,7 +97,9 @@ class Interpreter:
         self.programs += 1
         wanted = {} if last else {file.name: hashlib.sha256(file.data).digest() for file in files}
         changed = [file for file in files if last or self._has.get(file.name) != wanted[file.name]]
-        header = {"number": self.programs, "files": [file.name for file in changed], "last": last}
+        removed = sorted(self._given - wanted.keys())  # by a person, since the last program
+        self._given = set(wanted)
+        header = {"number": self.programs, "files": [file.name for file in changed], "remove": removed, "last": last}
         outgoing = [memoryview(part) for part in pack(header, [code, *(file.data for file in changed)])]
         output, reply = bytearray(), _Reply(limits, self.programs)
         timed_out = truncated = False

@@ -23,8 +23,9 @@ Not covered:
 - timing and other side channels, and locks on the files that all may read
 - in a conversation that keeps its state, the CPU limit of one program: it can raise it up to the wall clock's
 - in the mode "cold" (bubblewrap without nested user namespaces) interpreters share no zygote: a call starts Python and
-  imports what it needs. In user namespace mode, a server that is root stays root outside, whose threads
-  the kernel doesn't count: `doctor` names the mode
+  imports what it needs; it may execute another program, just as confined
+- in a user namespace (modes "warm" and "cold"), a server that is root stays root outside, whose threads the kernel
+  doesn't count: `doctor` names the mode
 - `unsafe_without_sandbox` where bubblewrap doesn't work: only limits and an empty environment; it reads what you can
 """
 
@@ -152,10 +153,14 @@ class Bubblewrap:
         if self._group is None:
             cores = os.cpu_count() or 1
             self._group, self._group_said = limit_group(self._total_memory, self._processes, cores)
-        if self._group is not None:
+        if self._group is None:
+            return
+        try:
             for pid in (first, *process.descendants(first)):
                 with contextlib.suppress(ProcessLookupError):
                     self._group.add(pid)
+        except OSError as error:  # somebody else has removed it
+            self._group, self._group_said = None, f"All sandboxes together have no bound: {error}."
 
     def _run(self, source: bytes, files: Sequence[File], session: str | None, job: Job) -> PythonResult:
         if job.cancelled:

@@ -82,7 +82,7 @@ class ForkServer:
         self._control, self._said = ours, tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process)
         command = bubblewrap.wrap(
             self._bwrap, self._packages, user_namespace=not self._as_nobody, proc=True,
-            tmp_bytes=self._limits.tmp_bytes, filter_fd=None,
+            limits=self._limits, filter_fd=None,
         )  # fmt: skip
         command += [*bubblewrap.start("/python/whetstone"), "fork", str(theirs.fileno()), json.dumps(self._settings)]
         with theirs:
@@ -228,7 +228,7 @@ class Alone:
                 descriptors.append(filter_fd)
                 command = bubblewrap.wrap(
                     self._bwrap, self._packages, user_namespace=True, proc=False,
-                    tmp_bytes=self._limits.tmp_bytes, filter_fd=filter_fd,
+                    limits=self._limits, filter_fd=filter_fd,
                 )  # fmt: skip
                 inside = "/python/whetstone"
                 settings["path"] = [bubblewrap.PACKAGES]

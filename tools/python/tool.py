@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from tools.python.backend import File, Limits, PythonResult, SandboxUnavailable
 from tools.python.sandbox import Bubblewrap
 from tools.workspace import WorkspaceError, Workspaces
 
-log = logging.getLogger(__name__)
+_NAMED = 10  # files that an observation names
 
 
 @cache
@@ -46,7 +46,6 @@ class PythonTool(BaseTool):
     backend: Any = Field(default_factory=_shared)  # a PythonBackend: pydantic can't check a protocol's methods
     workspaces: Workspaces | None = None
     keep_state: bool = False
-    limits: Limits = Limits()
 
     async def _arun(self, code: str, config: RunnableConfig, **_: Any) -> tuple[str, dict[str, Any]]:
         context = context_of(config)
@@ -74,7 +73,8 @@ class PythonTool(BaseTool):
         if kept is not None and (result.files or result.images):
             artifact["files"], artifact["images"], refused = await asyncio.to_thread(_keep, kept, context, result)
             notes += refused
-        return observation(result, self.limits, notes), artifact
+        written = artifact.get("files") if kept is not None else [{"name": file.name} for file in result.files]
+        return observation(result, self.backend.limits, [one["name"] for one in written or []], notes), artifact
 
     def _run(self, code: str, config: RunnableConfig, **_: Any) -> tuple[str, dict[str, Any]]:
         return asyncio.run(self._arun(code, config))
@@ -100,14 +100,15 @@ def _keep(
     return files, images, refused
 
 
-def observation(result: PythonResult, limits: Limits, notes: list[str] | None = None) -> str:
+def observation(result: PythonResult, limits: Limits, written: Sequence[str], notes: Sequence[str]) -> str:
     """The output, a line on what was drawn and written, and a line on how the program ended unless it ended well."""
     lines = [result.text.strip("\n")] if result.text.strip() else []
     if result.images:
         lines.append(f"Drew {len(result.images)} figure{'s' if len(result.images) > 1 else ''}.")
-    if result.files:
-        lines.append("Wrote " + ", ".join(file.name for file in result.files) + ".")
-    lines += notes or []
+    if written:
+        more = f" and {len(written) - _NAMED} more" if len(written) > _NAMED else ""
+        lines.append("Wrote " + ", ".join(written[:_NAMED]) + more + ".")
+    lines += notes
     if result.timed_out:
         lines.append(f"Timed out: a program has {limits.wall_s:g} s, {limits.cpu_s} of them on the processor.")
     elif result.truncated:

@@ -22,7 +22,7 @@ def run(source: bytes, scope: dict[str, object]) -> int:
         exec(compile(tree, NAME, "exec", dont_inherit=True), scope)
         if isinstance(last, _ast.Expr):
             value = eval(compile(_ast.Expression(last.value), NAME, "eval", dont_inherit=True), scope)
-            if value is not None:
+            if value is not None and not text.rstrip().endswith(";"):
                 print(repr(value))
     except SystemExit as error:
         if error.code is None or isinstance(error.code, int):
@@ -63,6 +63,8 @@ def figures(most: int) -> list[bytes]:
     from io import BytesIO
 
     drawn = []
+    if len(pyplot.get_fignums()) > most:
+        sys.stderr.write(f"Of {len(pyplot.get_fignums())} figures the first {most} are shown.\n")
     for number in pyplot.get_fignums()[:most]:
         figure = pyplot.figure(number)
         dpi = min(figure.dpi, _MAX_PIXELS / max(*figure.get_size_inches(), 0.01))

@@ -25,7 +25,11 @@ def serve(control: socket.socket, folder: str, cpu_s: int, most_files: int, most
         if message is None:
             os._exit(0)
         header, (source, *contents) = message
+        for name in header["remove"]:
+            with contextlib.suppress(OSError):
+                os.remove(os.path.join(folder, name))
         gone = [name for name, data in zip(header["files"], contents, strict=True) if not _put(folder, name, data)]
+        del message, contents  # else they would count as the program's memory
         _backdate(folder)
         before = _state(folder)
         used = resource.getrusage(resource.RUSAGE_SELF)
@@ -41,8 +45,10 @@ def serve(control: socket.socket, folder: str, cpu_s: int, most_files: int, most
             code = code or 1
         after = _state(folder)
         gone += [name for name in before if name not in after and name.isprintable() and name[0] != "."]
-        names, made = _changed(folder, before, after, most_files, most_bytes)
+        names, made, left_out = _changed(folder, before, after, most_files, most_bytes)
         try:
+            if left_out:
+                sys.stderr.write(f"{left_out} files weren't kept: too many or too large.\n")
             sys.stdout.flush()
             sys.stderr.flush()
         except BaseException:  # the program put something else in their place
@@ -89,15 +95,17 @@ def _put(folder: str, name: str, data: bytes) -> bool:
 
 def _changed(
     folder: str, before: State, after: State, most_files: int, most_bytes: int
-) -> tuple[list[str], list[bytes]]:
-    """Names and contents of new and changed files, of the folder itself and not of folders below it."""
+) -> tuple[list[str], list[bytes], int]:
+    """Names and contents of new and changed files of the folder itself, and how many more there are."""
     names: list[str] = []
     made: list[bytes] = []
     left = most_bytes
+    left_out = 0
     for name, (inode, size, when) in sorted(after.items()):
-        if before.get(name) == (inode, size, when) or size > left or len(names) == most_files:
+        if before.get(name) == (inode, size, when) or name[0] == "." or not name.isprintable():
             continue
-        if name[0] == "." or not name.isprintable():
+        if size > left or len(names) == most_files:
+            left_out += 1
             continue
         try:
             with open(os.path.join(folder, name), "rb") as file:
@@ -108,4 +116,4 @@ def _changed(
             names.append(name)
             made.append(data)
             left -= len(data)
-    return names, made
+    return names, made, left_out
