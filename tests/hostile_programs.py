@@ -495,7 +495,7 @@ FORGERIES = [
     """, "broke the channel"),
     Hostile("the collector of files patched", "hand out what isn't its own", """
         runner = sys.modules["inside.interpreter"]
-        runner._changed = lambda *_: (["../escaped"], [b"x"])
+        runner._changed = lambda *_: (["../escaped"], [b"x"], 0)
     """, "broke the channel"),
     Hostile("the runner's modules replaced", "break the server", """
         import builtins
