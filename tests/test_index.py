@@ -354,6 +354,7 @@ def test_an_index_that_vanishes_is_said(home: Path, folder: Path) -> None:
     shard_path(folders_of(home), folder).unlink()
     with pytest.raises(BackendUnavailable, match="is gone; restart Whetstone"):
         asyncio.run(index.search("quokka", 1))
+    assert asyncio.run(index.search("capital of Ghana", 1))[0].title == "Ghana"
     assert asyncio.run(open_library(home, folder).search("quokka", 1))
     index.path.unlink()
     with pytest.raises(BackendUnavailable, match="is gone; restart Whetstone"):
@@ -373,6 +374,7 @@ def test_a_damaged_index_is_said_and_built_anew(home: Path, folder: Path, damage
     if damage:
         with pytest.raises(BackendUnavailable, match=r"can't be read .* run `whetstone index add`"):
             find(home, "wombat")
+        assert find(home, "capital of France")[0].title == "France"
     assert counts(add(home, folder))[0] == 1
     assert find(home, "wombat")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -197,13 +198,19 @@ async def test_nothing_on_the_web_asks_the_next_backend(library: LocalIndex) -> 
     assert (await ask(SearchTool(backends=[rested(Web(rows=0)), library]), "gold"))[1]["backend"] == "local"
 
 
-@pytest.mark.parametrize("query", ["", "   ", "\x00\x07", "\ud800"])
-async def test_an_empty_query_is_answered_without_the_web(site: Site, query: str) -> None:
-    site.replies = [Reply(NOTHING)]
+@pytest.mark.parametrize("query", ["", "   ", "\x00\x07"])
+async def test_an_empty_query_is_told_so_without_a_look_up(site: Site, query: str) -> None:
     text, artifact = await ask(SearchTool(backends=[guarded(site)]), query)
+    assert (text, artifact["error"], artifact["sources"]) == ("The query is empty.", True, [])
+    assert site.asked == []
+
+
+async def test_half_a_character_is_sent_as_the_replacement_character(site: Site) -> None:
+    site.replies = [Reply(NOTHING)]
+    text, artifact = await ask(SearchTool(backends=[guarded(site)]), "\ud800")
     assert text.startswith("Nothing found for:")
     assert not artifact["error"]
-    assert all(asked["q"] == "\N{REPLACEMENT CHARACTER}" for asked in site.asked)
+    assert [asked["q"] for asked in site.asked] == ["\N{REPLACEMENT CHARACTER}"]
 
 
 async def test_a_query_of_100_kb_with_control_characters_is_sent_short_and_clean(site: Site) -> None:
@@ -223,7 +230,7 @@ async def test_a_hanging_provider_costs_its_time_once(site: Site, library: Local
     assert artifact["backend"] == "local"
     assert artifact["tried"][0]["error"] == "no answer within 0.3 s"
     _, artifact = await ask(tool, "gold")
-    assert artifact["tried"][0]["error"] == "rests for another 30 s after: no answer within 0.3 s"
+    assert re.fullmatch(r"rests for another (30|29) s after: no answer within 0\.3 s", artifact["tried"][0]["error"])
     assert len(site.asked) == 1
 
 
@@ -359,10 +366,10 @@ async def test_retry_after_is_honoured_when_there_is_time(site: Site) -> None:
 @pytest.mark.parametrize(
     ("headers", "rest"),
     [
-        ({"Retry-After": "120"}, "120"),
-        ({"Retry-After": "99999999"}, "3600"),
-        ({"Retry-After": "soon"}, "30"),
-        ({}, "30"),
+        ({"Retry-After": "120"}, "1(20|19)"),
+        ({"Retry-After": "99999999"}, "(3600|3599)"),
+        ({"Retry-After": "soon"}, "(30|29)"),
+        ({}, "(30|29)"),
     ],
 )
 async def test_a_provider_that_refuses_is_left_alone_as_long_as_it_says(

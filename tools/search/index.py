@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import sqlite3
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tools.search.corpus import Document
 from tools.search.folder import folder_shard
 from tools.search.ranking import DOCUMENTS, Shard, rank, words
 
+log = logging.getLogger(__name__)
 FORMAT = 1  # part of an index's key: raise it when the schema changes
 _SCHEMA = (
     DOCUMENTS
@@ -83,33 +85,40 @@ class LocalIndex:
     def _search(self, query: str, max_results: int) -> list[SearchHit]:
         if max_results < 1:
             return []
-        hits: list[SearchHit] = []
-        gone: set[str] = set()
+        broken: list[BackendUnavailable] = []  # indexes of folders that can't be read: the others still answer
         with ExitStack() as stack:
-            shards = list(self._open_all(stack))
-            for number, row in rank(shards, query):
-                shard = shards[number]
-                if shard.root is not None and not shard.root.is_dir():
-                    gone.add(str(shard.root))  # what nobody can look up any more isn't cited
-                    continue
-                if (hit := _hit(shard, row)) not in hits:
-                    hits.append(hit)
-                if len(hits) == max_results:
-                    break
-        if gone and not hits:
+            shards = list(self._open_all(stack, broken))
+            try:
+                hits, gone = _best(shards, query, max_results)
+            except BackendUnavailable as error:
+                if len(shards) == 1:
+                    raise
+                broken.append(error)
+                hits, gone = _best(shards[:1], query, max_results)
+        if hits:
+            for error in broken:
+                log.warning("searched without a folder: %s", error)
+            return hits
+        if gone:
             names = " and ".join(sorted(gone))
             raise BackendUnavailable(
                 f"the indexed folder {names} is gone; bring it back, or run `whetstone index remove` with its name"
             )
-        return hits
+        if broken:
+            raise broken[0]
+        return []
 
-    def _open_all(self, stack: ExitStack) -> Iterator[Shard]:
+    def _open_all(self, stack: ExitStack, broken: list[BackendUnavailable]) -> Iterator[Shard]:
         yield self._corpus(stack)
         files = set(self.folders.glob("*.sqlite")) if self.folders else set()
         if self.own is not None:
             files.add(self.own)
         for path in sorted(files):
-            shard = stack.enter_context(folder_shard(path, named_by_setting=path == self.own))
+            try:
+                shard = stack.enter_context(folder_shard(path, named_by_setting=path == self.own))
+            except BackendUnavailable as error:
+                broken.append(error)
+                continue
             if shard is not None:
                 yield shard
 
@@ -124,6 +133,22 @@ class LocalIndex:
             way_out = f"delete it to rebuild: {way_out}"
             raise BackendUnavailable(f"the index {self.path} can't be read ({error}); {way_out}") from error
         return Shard(database, self.path, f"delete it to rebuild: {way_out}", total)
+
+
+def _best(shards: Sequence[Shard], query: str, max_results: int) -> tuple[list[SearchHit], set[str]]:
+    """The best hits, and the folders that would have had some and are gone: what nobody can look up isn't cited."""
+    hits: list[SearchHit] = []
+    gone: set[str] = set()
+    for number, row in rank(shards, query):
+        shard = shards[number]
+        if shard.root is not None and not shard.root.is_dir():
+            gone.add(str(shard.root))
+            continue
+        if (hit := _hit(shard, row)) not in hits:
+            hits.append(hit)
+        if len(hits) == max_results:
+            break
+    return hits, gone
 
 
 def _open(path: Path) -> sqlite3.Connection:

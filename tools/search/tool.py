@@ -40,6 +40,8 @@ class SearchTool(BaseTool):
     max_chars: int = 600
 
     async def _arun(self, query: str, **_: Any) -> tuple[str, dict[str, Any]]:
+        if not one_line(query):
+            return "The query is empty.", {**_artifact([]), "error": True}
         tried: list[dict[str, Any]] = []
         backend: SearchBackend
         for backend in self.backends:
