@@ -12,7 +12,7 @@ def base() -> BaseModel:
     return prepare_base(Path.home() / ".whetstone")
 
 
-_ALONE = ("test_sandbox_hostile.py", "test_sandbox_pool.py")
+_ALONE = ("test_sandbox_hostile.py", "test_sandbox_modes.py", "test_sandbox_pool.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

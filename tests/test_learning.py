@@ -82,7 +82,10 @@ async def test_a_run_learns_and_the_running_server_serves_what_it_learnt(home, t
 
     client = asyncio.create_task(keep_asking())
     result = await asyncio.to_thread(run_once, path, store, tiny, tools, options())
-    async with asyncio.timeout(20):
+    overall = result.report["gate"]["rows"][0]
+    print(f"\naccuracy {overall['before']:.0%} to {overall['after']:.0%}, p = {overall['p']:.2g}")
+    assert result.status == "promoted", result.reasons
+    async with asyncio.timeout(60):
         while not answered or answered[-1].version != "v1":
             await asyncio.sleep(0.1)
             assert not client.done(), client.exception()
@@ -90,9 +93,6 @@ async def test_a_run_learns_and_the_running_server_serves_what_it_learnt(home, t
     await router.close()
     await engine.close()
 
-    overall = result.report["gate"]["rows"][0]
-    print(f"\naccuracy {overall['before']:.0%} to {overall['after']:.0%}, p = {overall['p']:.2g}")
-    assert result.status == "promoted", result.reasons
     assert overall["after"] - overall["before"] > 0.2
     assert overall["p"] < 0.01
     assert store.current_version() == "v1"

@@ -92,6 +92,7 @@ class WarmPool:
                     self._changed.wait(_POLL_S)
             finally:
                 self._waiting -= 1
+                self._trim()
                 self._changed.notify_all()
 
     def discard(self, interpreter: Interpreter) -> None:
@@ -155,6 +156,11 @@ class WarmPool:
             return 0  # it's tried again when somebody asks
         return self._target + self._waiting - len(self._idle)
 
+    def _trim(self) -> None:
+        """Let those go that were made for somebody who has left."""
+        while self._idle and self._missing() < 0:
+            self._dead.append(self._idle.pop())
+
     def _bury(self) -> None:
         while self._dead:
             self._dead.pop().close()
@@ -172,6 +178,7 @@ class WarmPool:
         with self._changed:
             self._failure = None
             self._idle += made
+            self._trim()
             self._changed.notify_all()
 
     def _spawn(self, count: int) -> list[Interpreter]:
