@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +38,15 @@ def status_of(pid: int) -> dict[str, str]:
     """As this process, outside of all namespaces, sees it."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def statuses(pids: Iterable[int]) -> dict[int, dict[str, str]]:
+    """Of those that haven't ended meanwhile."""
+    found = {}
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            found[pid] = status_of(pid)
+    return found
 
 
 def alive(pid: int) -> bool:

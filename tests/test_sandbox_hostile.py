@@ -28,7 +28,7 @@ from tests.sandbox_watch import (
     forget_peak,
     memory,
     peak,
-    status_of,
+    statuses,
 )
 from tools.python import Bubblewrap, Limits, PythonResult
 
@@ -182,7 +182,7 @@ async def test_who_runs_them(sandboxes: dict[bool, Bubblewrap], rest: Rest) -> N
     assert sandboxes[False].mode == ("warm, as nobody" if os.getuid() == 0 else "warm")
     await rest.comes_back()
     await asyncio.sleep(0.3)  # what has just been forked gives up its rights
-    found = [status_of(pid) for pid in descendants(os.getpid(), rest.without)]
+    found = statuses(descendants(os.getpid(), rest.without)).values()
     python = [status for status in found if status["Name"] != "bwrap"]
     assert len(python) == 2 * (1 + 2 * 3)  # a zygote; two that wait and one that is kept, each with its supervisor
     user = NOBODY if os.getuid() == 0 else os.getuid()

@@ -15,7 +15,7 @@ import pytest_asyncio
 
 import tools.python.sandbox as sandbox_module
 from tests.hostile_programs import FILES, FORGERIES, KERNEL, NETWORK, OUTPUT, PRELUDE, PROCESSES, SIGNALS, Hostile
-from tests.sandbox_watch import NOBODY, descendants, status_of
+from tests.sandbox_watch import NOBODY, descendants, statuses
 from tools.python import Bubblewrap, Limits
 from tools.python.spawn import spawners
 
@@ -106,5 +106,5 @@ async def test_what_a_program_leaves_is_gone(sandboxes: dict[str, Bubblewrap]) -
 @pytest.mark.skipif(os.getuid() != 0, reason="an ordinary user's programs are its own in every way of starting them")
 async def test_who_runs_them(sandboxes: dict[str, Bubblewrap]) -> None:
     """In a user namespace a server that is root stays root outside, as the sandbox's docstring says."""
-    found = [status_of(pid) for pid in descendants(os.getpid())]
+    found = statuses(descendants(os.getpid())).values()
     assert {status["Uid"].split()[0] for status in found if status["Name"].startswith("python")} == {"0"}

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from tests.sandbox_watch import REPOSITORY, Rest, alive, descendants, status_of
+from tests.sandbox_watch import REPOSITORY, Rest, alive, descendants, statuses
 from tools.python import Bubblewrap, Limits, PythonResult, SandboxUnavailable
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
@@ -51,20 +51,14 @@ async def ready(backend: Bubblewrap) -> Rest:
 
 def zygote() -> int:
     """The only child of bubblewrap that is Python and has children."""
-    return only(lambda own: own["Name"] == "python" and status_of(int(own["PPid"]))["Name"] == "bwrap")
+    found = statuses(descendants(os.getpid()))
+    named = {str(pid) for pid, own in found.items() if own["Name"] == "bwrap"}
+    return next(pid for pid, own in found.items() if own["Name"] == "python" and own["PPid"] in named)
 
 
 def bubblewrap() -> int:
     """The one that this process has started."""
-    return only(lambda own: own["PPid"] == str(os.getpid()))
-
-
-def only(wanted: Callable[[dict[str, str]], bool]) -> int:
-    for pid in descendants(os.getpid()):
-        with contextlib.suppress(OSError):  # it has just ended
-            if wanted(status_of(pid)):
-                return pid
-    raise AssertionError("there is no such process")
+    return next(pid for pid, own in statuses(descendants(os.getpid())).items() if own["PPid"] == str(os.getpid()))
 
 
 async def until(true: Callable[[], bool], seconds: float = 20.0) -> None:
@@ -186,8 +180,8 @@ async def test_a_session_s_interpreter_that_is_killed_is_replaced(make: Make) ->
     kept: list[int] = []
     while not kept:
         await asyncio.sleep(0.01)
-        with contextlib.suppress(OSError):  # one of them has just ended
-            kept = [pid for pid in before & descendants(os.getpid()) if status_of(pid)["State"].startswith("T")]
+        now = statuses(before & descendants(os.getpid()))
+        kept = [pid for pid, own in now.items() if own["State"].startswith("T")]
     os.kill(kept[0], signal.SIGKILL)
     await until(lambda: not alive(kept[0]))
     after = await backend.run("'x' in globals()", session="s")
