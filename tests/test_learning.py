@@ -22,7 +22,7 @@ from tools.search import SearchOptions, open_search
 from tools.toolbox import Toolbox
 
 RECIPE = {
-    "group_size": 8, "groups_per_step": 4, "max_rounds": 4, "max_steps": 10, "learning_rate": 3e-3, "warmup_steps": 1,
+    "group_size": 8, "groups_per_step": 4, "max_rounds": 4, "max_steps": 10, "learning_rate": 2e-3, "warmup_steps": 1,
     "concurrency": 8, "max_turns": 2, "max_response_tokens": 64, "overlong_buffer": 8, "max_observation_tokens": 32,
     "micro_batch": 32, "bf16": False, "save_steps": 2,
 }  # fmt: skip
