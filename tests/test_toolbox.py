@@ -65,7 +65,7 @@ async def test_a_hanging_tool_is_cancelled() -> None:
     outcome = await box(Plain(does=hang), seconds=0.2).call("plain", "x")
     assert outcome.error
     assert outcome.text == "Timed out: plain has 0.2 s."
-    assert outcome.seconds < 1
+    assert outcome.seconds < 10
     assert cancelled.is_set()
 
 
