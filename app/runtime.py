@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from copy import deepcopy
+from functools import partial
 
 from app.record import open_store
 from app.service import Service
@@ -13,10 +15,12 @@ from app.tools import open_toolbox, tool_seconds
 from feedback_store import StoreError
 from serving.agent import Agent, Limits
 from serving.dialects import make_dialect
+from serving.dialects.base import Dialect
 from serving.engines.base import EngineError
 from serving.engines.llamacpp import LlamaCppEngine
 from serving.model import ModelMissing, prepare_base
 from serving.versions import VersionRouter, install_shipped
+from tools.arguments import ToolSchema
 from tools.workspace import Workspaces
 
 Progress = Callable[[str], None]
@@ -69,15 +73,19 @@ async def _start(settings: Settings, progress: Progress, stack: AsyncExitStack) 
         toolbox,
         Limits(settings.max_turns, settings.observation_tokens, tool_seconds(settings)),
     )
-    _check_room(agent)
+    own = make_dialect(settings.dialect, deepcopy(base.tokenizer))
+    toolbox.admit_if(partial(_check_room, own, engine.context_length))
     return Service(store, router, agent, engine, settings.max_answers, workspaces, settings.key_tools)
 
 
-def _check_room(agent: Agent) -> None:
-    """Refuse tools whose schemas leave no room: else every question would be called too long."""
-    tokens = len(agent.dialect.render([{"role": "user", "content": ""}], agent.toolbox.schemas()))
-    if 2 * tokens > agent.engine.context_length:
+def _check_room(dialect: Dialect, context: int, tools: Sequence[ToolSchema]) -> None:
+    """Refuse tools whose schemas leave no room: else every question would be called too long. Raises ValueError.
+
+    An MCP server may bring its tools later, from another thread: the dialect has a tokenizer of its own.
+    """
+    tokens = len(dialect.render([{"role": "user", "content": ""}], tools))
+    if 2 * tokens > context:
         raise ValueError(
-            f"The prompt that lists the {len(agent.toolbox.names())} tools has {tokens} tokens, more than half of the "
-            f"context of {agent.engine.context_length}: raise context, or bring fewer tools (tools, mcp_servers)."
+            f"The prompt that lists {len(tools)} tools has {tokens} tokens, more than half of the context of "
+            f"{context}: raise context, or bring fewer tools (tools, mcp_servers)."
         )

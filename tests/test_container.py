@@ -406,7 +406,7 @@ class TestHostile:
     async def test_output_flood(self, backend: ContainerBackend) -> None:
         result = await attack(backend, "while True: print('x' * 100_000)")
         assert result.truncated
-        assert len(result.text) == LIMITS.output_bytes
+        assert LIMITS.output_bytes <= len(result.text) <= LIMITS.output_bytes + 100
         assert result.exit_code == 137
 
     async def test_flood_from_a_thread_after_the_end(self, backend: ContainerBackend) -> None:
@@ -416,7 +416,7 @@ class TestHostile:
                 while True: os.write(1, b"x" * 100_000)
             threading.Thread(target=flood, daemon=True).start()
         """
-        assert len((await attack(backend, code)).text) <= LIMITS.output_bytes
+        assert len((await attack(backend, code)).text) <= LIMITS.output_bytes + 100
 
     @pytest.mark.parametrize(
         "code",
@@ -441,7 +441,7 @@ class TestHostile:
         result = await attack(backend, code)
         assert result.files == ()
         assert result.images == ()
-        assert len(result.text) <= LIMITS.output_bytes
+        assert len(result.text) <= LIMITS.output_bytes + 100
 
     async def test_made_files_are_bounded(self, backend: ContainerBackend) -> None:
         code = """

@@ -1,5 +1,6 @@
 """The tapo dialect: rendering, incremental parsing, and observations that can forge nothing."""
 
+import copy
 import hashlib
 import json
 import re
@@ -7,7 +8,9 @@ import re
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
+from serving.dialects import make_dialect
 from serving.dialects.base import write_call
 from serving.dialects.tapo import INVALID, TapoDialect, harmless
 from serving.trajectory import AnswerText, Thinking
@@ -32,6 +35,7 @@ hostile = st.lists(
             "<|im_start|>",
             "assistant\n",
             "</ response >",
+            "< /response>",
             "<",
             "</",
             "x",
@@ -230,3 +234,19 @@ def test_an_observation_is_cut_to_its_budget(dialect):
 
 def test_harmless_leaves_other_text_alone():
     assert harmless("if a < b: print('<html>')") == "if a < b: print('<html>')"
+
+
+@pytest.mark.parametrize("name", ["tapo", "native"])
+def test_no_added_token_is_read_from_text_special_or_not(base, name):
+    tokenizer = copy.deepcopy(base.tokenizer)
+    added = ["<tool_call>", "[INST]", "<search_tool>", "<think>"]
+    tokenizer.add_tokens([AddedToken(token, special=False) for token in added])
+    forbidden = {*tokenizer.convert_tokens_to_ids(added), *tokenizer.all_special_ids}
+    dialect = make_dialect(name, tokenizer)
+    text = " ".join([*added, "<|im_end|>", "<|im_start|>assistant"])
+    for ids in (dialect.encode_observation(text), dialect.encode_observation("x" + text * 3)):
+        honest = dialect.encode_observation("x")
+        assert [i for i in ids if i in forbidden] == [i for i in honest if i in forbidden]
+    said, honest = (dialect.render([{"role": "user", "content": content}], []) for content in (text, "x"))
+    assert [i for i in said if i in forbidden] == [i for i in honest if i in forbidden]
+    assert text in tokenizer.decode(said)

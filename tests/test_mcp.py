@@ -18,6 +18,7 @@ import pytest
 from tests.fakes import until
 from tests.mcp_server import STDIO
 from tools import mcp
+from tools.arguments import ToolSchema
 from tools.mcp import McpServers
 from tools.mcp_connections import BadServer
 from tools.toolbox import Budget, Toolbox
@@ -122,6 +123,22 @@ async def test_a_server_by_url_comes_and_goes(
             assert await say(tools, "web_add", a=2) == "3"
 
 
+async def test_tools_that_come_late_and_don_t_fit_are_left_out(
+    tools: Toolbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def at_most_one(schemas: list[ToolSchema]) -> None:
+        if len(schemas) > 1:
+            raise ValueError("raise context")
+
+    monkeypatch.setattr(mcp, "_PAUSE_S", (0.1, 0.2))
+    port = free_port()
+    with McpServers({"web": {"url": f"http://127.0.0.1:{port}/mcp"}}, tools):
+        tools.admit_if(at_most_one)
+        with serving(port):
+            await until(lambda: "web_add" in tools and "raise context" in caplog.text)
+            assert tools.names() == ("web_add",)
+
+
 async def test_a_tool_is_called_from_any_event_loop(tools: Toolbox) -> None:
     with McpServers({"t": STDIO}, tools):
         assert await asyncio.to_thread(lambda: asyncio.run(say(tools, "t_add", a=1))) == "2"
@@ -144,7 +161,7 @@ async def test_servers_don_t_hold_up_each_other(tools: Toolbox) -> None:
     nonsense = {"command": sys.executable, "args": ["-c", "print('hello'); import time; time.sleep(60)"]}
     missing = {"command": "/there/is/no/such/program"}
     servers = {"silent": silent, "nonsense": nonsense, "missing": missing, "t": STDIO}
-    with McpServers(servers, tools, start_s=2.0) as running:
+    with McpServers(servers, tools, start_s=6.0) as running:
         assert await say(tools, "t_add", a=1) == "2"
         assert set(running.down()) == {"silent", "nonsense", "missing"}
         assert "No such file" in running.down()["missing"]

@@ -172,6 +172,27 @@ async def test_a_traceback_is_cut_to_what_helps(backend: Bubblewrap) -> None:
     assert library.text.endswith("numpy.linalg.LinAlgError: Singular matrix\n")
 
 
+async def test_an_error_in_handling_another_names_both(backend: Bubblewrap) -> None:
+    code = "try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    raise KeyError('x')"
+    for cause in (" from e", ""):
+        lines = (await backend.run(code + cause)).text.splitlines()
+        assert lines[:2] == ["After ZeroDivisionError: division by zero", "Traceback (most recent call last):"]
+        assert lines[-1] == "KeyError: 'x'"
+    assert (await backend.run(code + " from None")).text.startswith("Traceback")
+
+
+async def test_printing_much_costs_neither_files_nor_state(backend: Bubblewrap) -> None:
+    code = "x = 7\nopen('a', 'w').close()\nprint('begin' + 'y' * 200_000)\n'end'"
+    result = await backend.run(code, session="much")
+    assert (result.truncated, result.exit_code, [file.name for file in result.files]) == (True, 0, ["a"])
+    assert result.text.startswith("beginyyy")
+    assert result.text.endswith("yyy\n'end'\n")
+    assert "bytes left out" in result.text
+    assert len(result.text) < backend.limits.output_bytes + 100
+    after = await backend.run("x", session="much")
+    assert (after.text, after.fresh) == ("7\n", False)
+
+
 async def test_forged_figures_and_names_aren_t_kept(backend: Bubblewrap, tmp_path: Path) -> None:
     """The backend checks the frame, the workspace what is in it."""
     workspaces = Workspaces(tmp_path)

@@ -524,6 +524,21 @@ async def test_a_bubblewrap_that_is_mended_is_used(make: Make, tmp_path: Path, m
     assert (await backend.run("2 + 2")).text == "4\n"
 
 
+async def test_a_start_that_is_killed_is_tried_again(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, once = shutil.which("bwrap"), tmp_path / "once"
+    put_bwrap(tmp_path, monkeypatch, f'if [ -e {once} ]; then rm {once}; kill -9 $$; fi; exec {real} "$@"')
+    backend = make()
+    await ready(backend)
+    once.touch()
+    old = descendants(os.getpid())
+    os.kill(zygote(), signal.SIGKILL)
+    await until(lambda: not any(alive(pid) for pid in old))
+    assert (await backend.run("2 + 2")).text == "4\n"
+    assert not once.exists()
+
+
 async def test_a_server_without_descriptors_says_so_and_goes_on(make: Make) -> None:
     backend = make(idle=0)
     await backend.run("x = 1", session="s")

@@ -90,7 +90,7 @@ async def test_an_error_shows_the_program_s_own_lines(toolbox: Toolbox) -> None:
         ("import sys\nsys.exit(3)", "No output, exit code 3"),
         ("raise SystemExit('bye')", "bye"),
         ("import os\nos.abort()", "Killed by SIGABRT."),
-        ("while True: print('y')", "Stopped: a program may print 16384 bytes."),
+        ("while True: print('y')", "Stopped: a program may print 1048576 bytes."),
     ],
 )
 async def test_how_a_program_failed_is_told(toolbox: Toolbox, program: str, says: str) -> None:
@@ -138,3 +138,9 @@ def test_text_is_clean_and_within_its_budget(text: str, budget: int) -> None:
     assert all(c in "\n\t" or c >= " " for c in shown)
     shown.encode()
     assert clean(shown) == shown
+
+
+def test_what_nobody_sees_is_taken_out() -> None:
+    assert clean("a\r\nb\rc\td") == "a\nb\nc\td"
+    for unseen in "\x00\u00ad\u034f\u061c\u200b\u2060\u2064\ufe0f\ufeff\ufffb\U000e0041":
+        assert clean(f"<{unseen}/resp{unseen}onse>") == "</response>"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -78,14 +79,37 @@ async def _invoke(
         return as_text(message.content), error, artifact
     except ToolException as error:  # LangChain's own way to tell the policy something
         return _words(error) or "ToolException", True, {"exception": "ToolException"}
-    except Exception as error:
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:  # a panic of a Rust library, for one
         return f"{type(error).__name__}: {_words(error)}", True, {"exception": type(error).__name__}
 
 
-def _words(error: Exception) -> str:
+def guard(tool: BaseTool) -> None:
+    """Turn what would end the event loop into an exception, in the tool itself.
+
+    LangChain calls it in a task of its own, and out of any task SystemExit and KeyboardInterrupt go straight to the
+    loop.
+    """
+    arun = tool._arun
+    if _blocks(tool) or getattr(arun, "guarded", False):
+        return
+
+    @functools.wraps(arun)
+    async def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return await arun(*args, **kwargs)
+        except (SystemExit, KeyboardInterrupt) as error:
+            raise RuntimeError(f"{type(error).__name__}: {_words(error)}") from error
+
+    guarded.guarded = True  # type: ignore[attr-defined]
+    object.__setattr__(tool, "_arun", guarded)  # no field of the model's
+
+
+def _words(error: BaseException) -> str:
     try:
         return str(error)
-    except Exception:  # an exception is the tool's own code
+    except BaseException:  # an exception is the tool's own code
         return "(it can't be written)"
 
 
@@ -121,10 +145,10 @@ async def _in_thread(name: str, function: Callable[[], Any]) -> Any:
         result, error = None, None
         try:
             result = context.run(function)
-        except (Exception, SystemExit, KeyboardInterrupt) as raised:
+        except BaseException as raised:
             error = raised
             if not isinstance(raised, Exception) or isinstance(raised, StopIteration):  # a future refuses these
-                error = RuntimeError(f"{type(raised).__name__}: {raised}")
+                error = RuntimeError(f"{type(raised).__name__}: {_words(raised)}")
         with _stuck_lock:
             ended.set()
             if left:

@@ -22,7 +22,7 @@ from typing import Any
 from langchain_core.tools import BaseTool
 
 from tools.arguments import BadArguments, ToolSchema, checked, schema_of
-from tools.calling import ToolOutcome, call_tool, failed
+from tools.calling import ToolOutcome, call_tool, failed, guard
 from tools.context import NOBODY, ToolContext, config_of
 from tools.text import clean, cut
 
@@ -69,7 +69,10 @@ class Toolbox:
         return box
 
     def add(self, tools: Iterable[BaseTool]) -> None:
-        """More tools, or none of them: ValueError names one whose name is taken or unusable, or whose schema is."""
+        """More tools, or none of them: ValueError names one whose name is taken or unusable, or whose schema is.
+
+        `admit_if` may have set a further condition.
+        """
         more: dict[str, _Entry] = {}
         for tool in tools:
             if not _NAME.fullmatch(tool.name) or tool.name in _RESERVED:
@@ -80,7 +83,13 @@ class Toolbox:
             if tool.name in more:
                 raise ValueError(_taken(tool.name))
             more[tool.name] = _Entry(tool, schema_of(tool))
+            guard(tool)
         self._kit.add(more)
+
+    def admit_if(self, check: Callable[[list[ToolSchema]], None]) -> None:
+        """From now on `add` raises the ValueError that `check` raises of all the schemas there would be then."""
+        check(self.schemas())
+        self._kit.check = check
 
     def discard(self, names: Collection[str]) -> None:
         """Take tools out; a call under way goes on."""
@@ -165,6 +174,7 @@ class _Kit:
     def __init__(self, calls_per_owner: int, audit: Audit | None) -> None:
         self.tools: dict[str, _Entry] = {}
         self.calls_per_owner = calls_per_owner
+        self.check: Callable[[list[ToolSchema]], None] = lambda schemas: None
         self._audit = audit
         self._places: dict[tuple[str, int], _Places] = {}
         self._lock = threading.Lock()
@@ -173,7 +183,9 @@ class _Kit:
         with self._lock:
             if taken := more.keys() & self.tools.keys():
                 raise ValueError(_taken(min(taken)))
-            self.tools = {**self.tools, **more}  # a new dict: others may be reading the old one
+            tools = {**self.tools, **more}  # a new dict: others may be reading the old one
+            self.check([entry.schema for entry in tools.values()])
+            self.tools = tools
 
     def discard(self, names: Collection[str]) -> None:
         with self._lock:

@@ -11,12 +11,12 @@ What a tool returned has the dialect's tags made harmless besides.
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from serving.dialects.base import BARE, LAST, MalformedCall, Parsed, cut_to_tokens, read_call, write_call
+from serving.dialects.plain import PlainEncoder
 from serving.trajectory import ActionKind, AnswerText, Thinking
 from tools.arguments import ToolSchema
 
@@ -67,7 +67,7 @@ To call one, write its name and arguments as JSON:
 
 _SYSTEM = "You are Whetstone, a helpful assistant."
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-_TAG = re.compile(r"<(?=/?\s*(?:think|tool_call|tool_response|tools)\b|\|)", re.IGNORECASE)
+_TAG = re.compile(r"<(?=\s*/?\s*(?:think|tool_call|tool_response|tools)\b|\|)", re.IGNORECASE)
 _THOUGHT = re.compile(r"\s*<think>(.*?)(</think>|\Z)", re.DOTALL)
 _MARKUP = re.compile(r"</?(?:think|tool_call|tool_response|tools)>|<\|[^|>]*\|>")
 _LONGEST_TAG = max(len(_CLOSE), len("</think>"))
@@ -85,11 +85,8 @@ class NativeDialect:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._template = _template(tokenizer)
-        added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
-        added += [str(token) for token in tokenizer.all_special_tokens]
-        self._added = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in added if token.strip()}
-        longest_first = sorted(self._added, key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._plain = PlainEncoder(tokenizer)
+        self._added, self._control = self._plain.added, self._plain.control
         if str(tokenizer.decode([*self._plain("a\n"), *self._plain("b")])) != "a\nb":
             raise ValueError(
                 "The native dialect joins pieces of text, and this model's tokenizer changes them when it encodes "
@@ -201,15 +198,6 @@ class NativeDialect:
                 run, at = "", match.end()
             run += text[at:]
         return ids + self._plain(run)
-
-    def _plain(self, text: str) -> list[int]:
-        """Ids of a text in which every added token is spelt out: it is encoded apart from its own first character."""
-        ids: list[int] = []
-        cuts = [match.start() + 1 for match in self._control.finditer(text)]
-        for start, end in itertools.pairwise([0, *cuts, len(text)]):
-            part = text[start:end]
-            ids += self.tokenizer.encode(part, add_special_tokens=False, split_special_tokens=True) if part else []
-        return ids
 
 
 def _template(tokenizer: Any) -> str:

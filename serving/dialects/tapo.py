@@ -2,7 +2,7 @@
 
 A generation is `<think>…</think>` and then one action: `<code>`, `<search>` or `<answer>`, or `<call>` with the JSON of
 any further tool's call. What a tool returned comes back as `<response>…</response>`, in tokens that no text can turn
-into markup: special tokens are never read from text, and the dialect's own tags are made harmless in it.
+into markup: added tokens are never read from text, and the dialect's own tags are made harmless in it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from serving.dialects.base import LAST, MalformedCall, Parsed, cut_to_tokens, read_call
+from serving.dialects.plain import PlainEncoder
 from serving.trajectory import ActionKind, AnswerText, Thinking
 from tools.arguments import ToolSchema
 
@@ -22,7 +23,7 @@ _USES = {
 }
 _CALL = 'To use another tool, write {"name": "...", "arguments": {...}} in <call></call>.'
 _TAGS = "think|code|search|call|response|answer"
-_TAG = re.compile(rf"<(?=/?\s*(?:{_TAGS})\b|\|)", re.IGNORECASE)
+_TAG = re.compile(rf"<(?=\s*/?\s*(?:{_TAGS})\b|\|)", re.IGNORECASE)
 _ACTION = re.compile(r"<(code|search|call|answer)>(.*?)(?:</\1>|\Z)", re.DOTALL)
 _THOUGHT = re.compile(r"<think>(.*?)(?:</think>|\Z)", re.DOTALL)
 _STEP = re.compile(
@@ -61,6 +62,7 @@ class TapoDialect:
         self._start, self._end = (tokenizer.convert_tokens_to_ids(t) for t in ("<|im_start|>", "<|im_end|>"))
         if self._start is None or self._end is None or self._start == self._end:
             raise ValueError("The tapo dialect needs a tokenizer with <|im_start|> and <|im_end|>.")
+        self._encode = PlainEncoder(tokenizer)  # the dialect's own tags are plain text as well
 
     def render(self, messages: Sequence[dict[str, str]], tools: Iterable[ToolSchema | str] = tuple(_USES)) -> list[int]:
         """The prompt's token ids: rules, then the conversation, then the header of the answer to come.
@@ -110,11 +112,6 @@ class TapoDialect:
 
     def _message(self, role: str, content: str) -> list[int]:
         return [self._start, *self._encode(f"{role}\n{content}"), self._end, *self._encode("\n")]
-
-    def _encode(self, text: str) -> list[int]:
-        # Special tokens written in a text are text: splitting them keeps a user or a web page from forging a turn.
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        return ids
 
 
 def harmless(text: str) -> str:

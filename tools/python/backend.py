@@ -16,7 +16,8 @@ class Limits:
     """What one program may use. Sizes in bytes, times in seconds; `threads` counts the main one.
 
     `memory_bytes` is what the program adds to an interpreter with its libraries imported. `tmp_bytes` bounds each
-    of the private /tmp and /dev/shm, `files_bytes` the working folder, `file_bytes` one file in either.
+    of the private /tmp and /dev/shm, `files_bytes` the working folder, `file_bytes` one file in either. Of what it
+    prints the beginning and the end are kept, `output_bytes` together; past `flood_bytes` it is stopped.
     """
 
     wall_s: float = 8.0
@@ -28,6 +29,7 @@ class Limits:
     open_files: int = 64
     threads: int = 16
     output_bytes: int = 16 << 10
+    flood_bytes: int = 1 << 20
     code_bytes: int = 100_000
     files: int = 100
     images: int = 10
@@ -45,8 +47,8 @@ class File:
 class PythonResult:
     """`text` is stdout and stderr in the order written. `exit_code` is 128 + n after signal n, as in a shell.
 
-    `files` are those that the program made or changed, `images` the figures that it drew (PNG). `fresh` is whether
-    the program began without the state of an earlier one.
+    `truncated` says that parts of it were left out. `files` are those that the program made or changed, `images` the
+    figures that it drew (PNG). `fresh` is whether the program began without the state of an earlier one.
     """
 
     text: str

@@ -18,6 +18,7 @@ from tools.python import seccomp
 from tools.python.backend import File, Limits, PythonResult, SandboxUnavailable
 from tools.python.container_engine import Container, Engine, Gone, Late
 from tools.python.container_runner import HEAD
+from tools.python.output import Output
 
 _HERE = Path(__file__).parent
 _RUNNER = (_HERE / "container_runner.py").read_text(encoding="utf-8")
@@ -86,7 +87,7 @@ class Interpreter:
             raise NotStarted from error
         began = time.monotonic()
         answer = _Answer(self._limits)
-        answer.print(notes)
+        answer.output.add(notes)
         exit_code = _KILLED
         timed_out = False
         try:
@@ -105,17 +106,17 @@ class Interpreter:
             seconds, self.alive = time.monotonic() - began, False
         except ValueError:
             seconds, self.alive = time.monotonic() - began, False
-            answer.print(f"\n{BROKEN}\n".encode())
+            answer.output.add(f"\n{BROKEN}\n".encode())
             exit_code = exit_code if answer.exit_code is None else (answer.exit_code or 1)
-        self.alive = self.alive and not answer.truncated and not answer.died
+        self.alive = self.alive and not answer.output.flooded and not answer.died
         timed_out = timed_out or exit_code == 128 + signal.SIGXCPU
         self._known.update({file.name: _digest(file.data) for file in answer.files})
         self.used_at = time.monotonic()
         return PythonResult(
-            bytes(answer.text).decode("utf-8", "replace"),
+            answer.output.text,
             exit_code,
-            timed_out and not answer.truncated,
-            answer.truncated,
+            timed_out and not answer.output.flooded,
+            answer.output.truncated,
             seconds,
             tuple(answer.files),
             tuple(answer.images),
@@ -170,21 +171,15 @@ class _Answer:
         self._limits = limits
         self._inner = bytearray()
         self._image_bytes = limits.images * _IMAGE_BYTES
-        self.text = bytearray()
-        self.truncated = False
+        self.output = Output(limits.output_bytes, limits.flood_bytes)
         self.exit_code: int | None = None
         self.died = False
         self.files: list[File] = []
         self.images: list[bytes] = []
 
-    def print(self, chunk: bytes | bytearray) -> None:
-        room = self._limits.output_bytes - len(self.text)
-        self.truncated = self.truncated or len(chunk) > room
-        self.text += chunk[:room]
-
     def read_program(self, source: Interpreter, deadline: float) -> None:
         """Until the program has ended, or has printed too much."""
-        while self.exit_code is None and not self.truncated:
+        while self.exit_code is None and not self.output.flooded:
             kind, content = source._receive(deadline, _MAX_SMALL)
             self._take(kind, content)
 
@@ -206,7 +201,7 @@ class _Answer:
 
     def _take(self, kind: bytes, content: bytearray) -> None:
         if kind == b"T":
-            self.print(content)
+            self.output.add(content)
         elif kind == b"X":
             self.died = True
             if self.exit_code is None:

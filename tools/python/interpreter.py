@@ -17,6 +17,7 @@ from typing import Any
 from tools.python.backend import File, Limits, PythonResult
 from tools.python.inside.cell import IMAGE_BYTES
 from tools.python.inside.frames import LENGTH, MAX_HEADER, pack
+from tools.python.output import Output
 
 _STATUS_S = 5.0
 _NAME_BYTES = 255  # the longest name that Linux knows
@@ -101,8 +102,8 @@ class Interpreter:
         self._given = set(wanted)
         header = {"number": self.programs, "files": [file.name for file in changed], "remove": removed, "last": last}
         outgoing = [memoryview(part) for part in pack(header, [code, *(file.data for file in changed)])]
-        output, reply = bytearray(), _Reply(limits, self.programs)
-        timed_out = truncated = False
+        output, reply = Output(limits.output_bytes, limits.flood_bytes), _Reply(limits, self.programs)
+        timed_out = False
         if not fresh:
             self._discard()
             self._hold(False)
@@ -118,7 +119,7 @@ class Interpreter:
                 break
             for descriptor, events in poll.poll(left * 1000):
                 if descriptor == self._output:
-                    if not self._read_output(output, limits.output_bytes):
+                    if not self._read_output(output):
                         poll.unregister(self._output)
                     continue
                 if events & select.POLLOUT and outgoing:
@@ -127,27 +128,24 @@ class Interpreter:
                         poll.modify(self._control, select.POLLIN)
                 if events & (select.POLLIN | select.POLLHUP | select.POLLERR):
                     ended = not reply.read(self._control)
-            if len(output) > limits.output_bytes:
-                truncated = True
+            if output.flooded:
                 break
-        if not (timed_out or truncated):  # what was printed before the end of the program is in the pipe by now
-            while len(output) <= limits.output_bytes and _readable(self._output):
-                if not self._read_output(output, limits.output_bytes):
+        if not timed_out:  # what was printed before the end of the program is in the pipe by now
+            while not output.flooded and _readable(self._output):
+                if not self._read_output(output):
                     break
-            truncated = len(output) > limits.output_bytes
         exit_code = reply.exit_code
-        if not reply.done or truncated:
-            if timed_out or truncated or reply.broken:
+        if not reply.done or output.flooded:
+            if timed_out or output.flooded or reply.broken:
                 self.kill()
             exit_code = self._wait(min(_STATUS_S, max(1.0, deadline - time.monotonic())))
             self.kill()
             if reply.broken:
-                output += f"\n{BROKEN}\n".encode()
+                output.add(f"\n{BROKEN}\n".encode())
                 exit_code = exit_code or 1
         if not last and self.alive:
             self._hold(True)
-        text = bytes(output[: limits.output_bytes]).decode("utf-8", "replace")
-        timed_out = timed_out or (exit_code == 128 + signal.SIGXCPU and not truncated)
+        timed_out = timed_out or (exit_code == 128 + signal.SIGXCPU and not output.flooded)
         self.used_at = time.monotonic()
         files_made = tuple(File(name, data) for name, data in reply.files)
         if not last:
@@ -155,7 +153,14 @@ class Interpreter:
             for name in reply.gone:
                 self._has.pop(name, None)
         return PythonResult(
-            text, exit_code, timed_out, truncated, self.used_at - began, files_made, tuple(reply.images), fresh
+            output.text,
+            exit_code,
+            timed_out,
+            output.truncated,
+            self.used_at - began,
+            files_made,
+            tuple(reply.images),
+            fresh,
         )
 
     def fit(self) -> bool:
@@ -178,13 +183,13 @@ class Interpreter:
                 os.close(self._output)
                 self._close()
 
-    def _read_output(self, output: bytearray, cap: int) -> bool:
+    def _read_output(self, output: Output) -> bool:
         """False at the end of the output."""
         try:
             chunk = os.read(self._output, 1 << 16)
         except BlockingIOError:
             return True
-        output += chunk[: cap - len(output) + 1]
+        output.add(chunk)
         return bool(chunk)
 
     def _discard(self) -> None:

@@ -189,6 +189,12 @@ class WarmPool:
                 raise
             except SpawnFailed as error:
                 log.warning("the sandbox is started again: %s", error)
+            try:
+                return self._start(self._chosen)
+            except SpawnRefused:
+                raise
+            except SpawnFailed as error:  # it may have been killed while it started, by a machine out of memory
+                log.warning("the sandbox is started again: %s", error)
                 return self._start(self._chosen)
         said = [self._why_not] if self._why_not else []
         for spawner in self._spawners:

@@ -64,7 +64,7 @@ class PythonTool(BaseTool):
         if session is not None and result.fresh and "NameError" in result.text:
             notes.append("The interpreter is new: it has no variables of earlier programs.")
         artifact: dict[str, Any] = {
-            "error": result.exit_code != 0 or result.timed_out or result.truncated,
+            "error": result.exit_code != 0 or result.timed_out,
             "exit_code": result.exit_code,
             "timed_out": result.timed_out,
             "truncated": result.truncated,
@@ -111,8 +111,8 @@ def observation(result: PythonResult, limits: Limits, written: Sequence[str], no
     lines += notes
     if result.timed_out:
         lines.append(f"Timed out: a program has {limits.wall_s:g} s, {limits.cpu_s} of them on the processor.")
-    elif result.truncated:
-        lines.append(f"Stopped: a program may print {limits.output_bytes} bytes.")
+    elif result.truncated and result.exit_code > 128:
+        lines.append(f"Stopped: a program may print {limits.flood_bytes} bytes.")
     elif result.exit_code > 128:
         lines.append(f"Killed by {_signal_name(result.exit_code - 128)}.")
     elif not lines:

@@ -96,8 +96,8 @@ class LocalIndex:
                 broken.append(error)
                 hits, gone = _best(shards[:1], query, max_results)
         if hits:
-            for error in broken:
-                log.warning("searched without a folder: %s", error)
+            for reason in broken:
+                log.warning("searched without a folder: %s", reason)
             return hits
         if gone:
             names = " and ".join(sorted(gone))

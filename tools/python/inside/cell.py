@@ -45,6 +45,9 @@ def report(error: BaseException, source: bytes) -> None:
         linecache.cache[NAME] = (len(text), None, text.splitlines(keepends=True), NAME)
         told = traceback.TracebackException.from_exception(error, compact=True)
         told.stack = traceback.StackSummary.from_list([f for f in told.stack if f.filename == NAME][-FRAMES:])
+        cause = told.__cause__ or (None if told.__suppress_context__ else told.__context__)
+        if cause is not None:  # its last line says enough
+            sys.stderr.write("After " + _shorter([*cause.format_exception_only()][-1]))
         sys.stderr.write("".join(map(_shorter, told.format(chain=False))))
     except BaseException:  # an exception whose __str__ fails, or no memory left: its name is always at hand
         sys.stderr.write(type(error).__name__ + "\n")
