@@ -6,7 +6,8 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
 from app.api import chat, errors, feedback, files
-from app.api.guard import Guard
+from app.api.guard import Guard, needs
+from app.keys import KeyRing
 from app.service import Service
 from app.settings import Settings
 
@@ -19,14 +20,14 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
         redoc_url=None,
     )
     errors.install(app)
-    app.include_router(chat.router(service, settings))
-    app.include_router(feedback.router(service))
-    app.include_router(files.router(service))
+    app.include_router(chat.router(service, settings), dependencies=[needs("chat")])
+    app.include_router(feedback.router(service), dependencies=[needs("feedback")])
+    app.include_router(files.router(service), dependencies=[needs("chat")])
 
     @app.get("/healthz", summary="200 when the engine and the store answer, else 503 and which doesn't")
     async def healthz() -> JSONResponse:
         healthy, report = await service.health()
         return JSONResponse(report, 200 if healthy else 503)
 
-    app.add_middleware(Guard, settings=settings)
+    app.add_middleware(Guard, settings=settings, keys=KeyRing(service.store, settings))
     return app
