@@ -53,6 +53,12 @@ class Settings(BaseSettings):
         default_factory=list, description="of web pages that may call the endpoint from a browser: https://HOST"
     )
     max_body_bytes: int = Field(1_000_000, ge=1_000)
+    requests_per_minute: int | None = Field(
+        600, ge=1, description="of one API key, unless `whetstone keys add --per-minute` says else; None: no limit"
+    )
+    answers_per_key: int | None = Field(
+        32, ge=1, description="of one API key at the same time, unless `--at-once` says else; None: no limit"
+    )
     max_answers: int = Field(64, ge=1, description="answers in flight before the next is told to come back later")
     shutdown_seconds: float = Field(20.0, ge=0, description="how long answers in flight may take to end on shutdown")
 

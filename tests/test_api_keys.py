@@ -124,3 +124,65 @@ async def test_keys_of_the_settings_chat_and_judge_and_do_no_more(serve: Serve) 
         answer = await client.chat.completions.create(model="whetstone", messages=HELLO)
         turn_id = (answer.model_extra or {})["whetstone"]["turn_id"]
         await client.post("/feedback", body={"turn_id": turn_id, "score": 1}, cast_to=dict)
+
+
+async def test_requests_a_minute_are_counted_by_key(serve: Serve) -> None:
+    async with serve(requests_per_minute=3) as served:
+        _, few = served.store.add_key("few", ["chat"])
+        _, one = served.store.add_key("one", ["chat"], requests_per_minute=1)
+        async with served.client(few) as client, served.client(one) as other:
+            left = []
+            for _ in range(3):
+                answer = await client.models.with_raw_response.list()
+                left.append(answer.headers["x-ratelimit-remaining-requests"])
+            assert left == ["2", "1", "0"]
+            with pytest.raises(openai.RateLimitError, match="its 3 requests") as refused:
+                await client.models.list()
+            assert refused.value.code == "rate_limit_exceeded"
+            assert refused.value.type == "rate_limit_error"
+            assert 1 <= int(refused.value.response.headers["retry-after"]) <= 60
+            await other.models.list()
+            with pytest.raises(openai.RateLimitError, match="its 1 requests"):
+                await other.models.list()
+            async with served.http(one) as watcher:
+                assert (await watcher.get("/healthz")).status_code == 200
+
+
+async def test_answers_at_once_are_counted_until_they_end(serve: Serve) -> None:
+    async with serve(answers_per_key=1) as served:
+        served.engine.delay = 0.01
+        _, secret = served.store.add_key("one", ["chat"])
+        _, more = served.store.add_key("two", ["chat"], answers_at_once=2)
+        async with served.client(secret) as client, served.client(more) as other:
+            stream = await client.chat.completions.create(model="whetstone", messages=SLOW, stream=True)
+            with pytest.raises(openai.RateLimitError, match="1 answer under way") as refused:
+                await client.chat.completions.create(model="whetstone", messages=HELLO)
+            assert refused.value.code == "concurrency_limit_exceeded"
+            assert refused.value.response.headers["retry-after"]
+            await client.models.list()  # no answer: not held up
+            both = [other.chat.completions.create(model="whetstone", messages=HELLO) for _ in range(2)]
+            assert len(await asyncio.gather(*both)) == 2
+            async for _ in stream:
+                pass
+            await client.chat.completions.create(model="whetstone", messages=HELLO)
+
+
+async def test_browsers_elsewhere_are_kept_out_unless_named(serve: Serve) -> None:
+    asking = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    async with serve() as served, served.http(Origin="https://page.example") as page:
+        closed = await page.options("/v1/chat/completions", headers=asking)
+        assert closed.status_code == 405
+        assert "access-control-allow-origin" not in (await page.get("/v1/models")).headers
+    named = {"cors_origins": "https://page.example", "api_keys": "secret"}
+    async with serve(**named) as served, served.http(Origin="https://page.example") as page:
+        opened = await page.options("/v1/chat/completions", headers=asking)
+        assert opened.headers["access-control-allow-origin"] == "https://page.example"
+        refused = await page.get("/v1/models")
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://page.example")
+        other = await page.options("/v1/models", headers={**asking, "Origin": "https://evil.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+async def test_any_origin_and_no_key_is_refused(serve: Serve) -> None:
+    async with serve(cors_origins="*") as served, served.http() as page:
+        assert (await page.get("/v1/models")).status_code == 401

@@ -143,6 +143,7 @@ def test_variables_win_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"api_port": 7860}, "both 7860"),
         ({"context": 512, "max_tokens": 500}, "no room for a prompt"),
         ({"search_backends": "google"}, "search_backends"),
+        ({"cors_origins": "https://a.example/app"}, "'https://a.example/app' is no origin"),
         ({"temprature": 1}, "temprature: there is no such setting, did you mean temperature"),
         ({"api_keys": "one,two", "key_tools": {"key-0": ["code"]}}, "'key-0', which is no key's owner.*key-7692c3ad"),
         ({"api_keys": "one,two", "key_tools": {"one": ["code"]}}, "an API key itself, which is no key's owner"),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
+from starlette.middleware.cors import CORSMiddleware
 
 from app.api import chat, errors, feedback, files
 from app.api.guard import Guard, needs
+from app.api.limits import Limits
 from app.keys import KeyRing
 from app.service import Service
 from app.settings import Settings
@@ -29,5 +31,15 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
         healthy, report = await service.health()
         return JSONResponse(report, 200 if healthy else 503)
 
+    # The last one added is the outermost: origins, then the key, then its limits.
+    app.add_middleware(Limits, settings=settings)
     app.add_middleware(Guard, settings=settings, keys=KeyRing(service.store, settings))
+    if settings.cors_origins:  # a key travels in a header and never in a cookie, so no credentials
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
     return app
