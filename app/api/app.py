@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from starlette.middleware.cors import CORSMiddleware
 
-from app.api import chat, errors, feedback, files
+from app.api import admin, chat, conversations, errors, feedback, files
 from app.api.guard import Guard, needs
 from app.api.limits import Limits
 from app.keys import KeyRing
@@ -25,6 +25,8 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     app.include_router(chat.router(service, settings), dependencies=[needs("chat")])
     app.include_router(feedback.router(service), dependencies=[needs("feedback")])
     app.include_router(files.router(service), dependencies=[needs("chat")])
+    app.include_router(conversations.router(service), dependencies=[needs("chat")])
+    app.include_router(admin.router(service), dependencies=[needs("admin")])
 
     @app.get("/healthz", summary="200 when the engine and the store answer, else 503 and which doesn't")
     async def healthz() -> JSONResponse:
