@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from starlette.middleware.cors import CORSMiddleware
 
-from app.api import admin, chat, conversations, errors, feedback, files
+from app.api import admin, chat, conversations, errors, feedback, files, metrics
 from app.api.guard import Guard, needs
 from app.api.limits import Limits
 from app.keys import KeyRing
@@ -26,6 +26,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     app.include_router(feedback.router(service), dependencies=[needs("feedback")])
     app.include_router(files.router(service), dependencies=[needs("chat")])
     app.include_router(conversations.router(service), dependencies=[needs("chat")])
+    app.include_router(metrics.router(service), dependencies=[needs("metrics", "admin")])
     app.include_router(admin.router(service), dependencies=[needs("admin")])
 
     @app.get("/healthz", summary="200 when the engine and the store answer, else 503 and which doesn't")
@@ -33,7 +34,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
         healthy, report = await service.health()
         return JSONResponse(report, 200 if healthy else 503)
 
-    # The last one added is the outermost: origins, then the key, then its limits.
+    # The last one added is the outermost: the count, origins, the key, its limits.
     app.add_middleware(Limits, settings=settings)
     app.add_middleware(Guard, settings=settings, keys=KeyRing(service.store, settings))
     if settings.cors_origins:  # a key travels in a header and never in a cookie, so no credentials
@@ -44,4 +45,5 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["*"],
         )
+    app.add_middleware(metrics.Counted, metrics=service.metrics)
     return app

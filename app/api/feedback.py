@@ -30,7 +30,9 @@ def router(service: Service) -> APIRouter:
     )
     async def feedback(body: FeedbackRequest, request: Request) -> dict[str, Any]:
         owner: str = request.state.owner
-        turn_id: str = body.turn_id or await service.call(last_turn, body.conversation_id or "", owner)
+        turn_id = body.turn_id
+        if turn_id is None:
+            turn_id = await service.call(last_turn, body.conversation_id or "", owner)
         outcome = await service.feedback(
             turn_id,
             owner,
