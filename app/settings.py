@@ -60,6 +60,10 @@ class Settings(BaseSettings):
         32, ge=1, description="of one API key at the same time, unless `--at-once` says else; None: no limit"
     )
     max_answers: int = Field(64, ge=1, description="answers in flight before the next is told to come back later")
+    log_format: Literal["human", "json"] = Field("human", description="of the log on standard error")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "warning", description="what is logged from; info has a line for each request to the endpoint"
+    )
     shutdown_seconds: float = Field(20.0, ge=0, description="how long answers in flight may take to end on shutdown")
 
     slots: int = Field(4, ge=1, description="sequences that the engine works on at once")

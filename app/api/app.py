@@ -10,6 +10,7 @@ from app.api import admin, chat, conversations, errors, feedback, files, metrics
 from app.api.guard import Guard, needs
 from app.api.limits import Limits
 from app.keys import KeyRing
+from app.logs import RequestIds
 from app.service import Service
 from app.settings import Settings
 
@@ -34,7 +35,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
         healthy, report = await service.health()
         return JSONResponse(report, 200 if healthy else 503)
 
-    # The last one added is the outermost: the count, origins, the key, its limits.
+    # The last one added is the outermost: the id, the count, origins, the key, its limits.
     app.add_middleware(Limits, settings=settings)
     app.add_middleware(Guard, settings=settings, keys=KeyRing(service.store, settings))
     if settings.cors_origins:  # a key travels in a header and never in a cookie, so no credentials
@@ -46,4 +47,5 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
             expose_headers=["*"],
         )
     app.add_middleware(metrics.Counted, metrics=service.metrics)
+    app.add_middleware(RequestIds)
     return app
