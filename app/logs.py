@@ -22,7 +22,7 @@ _EXTRAS = ("method", "path", "status", "seconds", "owner")
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: time (UTC), level, logger, message, request_id, exception, and of a request its fields."""
+    """One JSON object a line: time (UTC), level, logger, message, request_id, exception; of a request its fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
