@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from copy import deepcopy
 from functools import partial
 
+from app.keys import check_reach
 from app.record import open_store
 from app.service import Service
 from app.settings import Settings
@@ -49,6 +50,7 @@ async def _start(settings: Settings, progress: Progress, stack: AsyncExitStack) 
     progress("Opening the store")
     store = await asyncio.to_thread(open_store, settings)
     stack.push_async_callback(asyncio.to_thread, store.close)
+    await asyncio.to_thread(check_reach, store, settings)
     left = await asyncio.to_thread(store.recover)
     if left:
         progress(f"Closed {left} turn{'s' if left > 1 else ''} that an earlier process left open")

@@ -92,5 +92,9 @@ def bind(host: str, port: int) -> socket.socket:
 
 def _config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=int(settings.shutdown_seconds) or 1
+        app,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=int(settings.shutdown_seconds) or 1,
     )

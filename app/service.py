@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 
 import anyio
 
+from app.metrics import Metrics
 from feedback_store import NotFound, Outcome, Store, StoreError
 from feedback_store.records import FinalStatus, Turn
 from online_rl import verifiers
@@ -106,6 +107,7 @@ class Service:
         self.engine = engine
         self._agent = agent
         self._max_answers = max_answers
+        self.metrics = Metrics()
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -126,6 +128,7 @@ class Service:
         async with _ShieldedExitStack() as stack:
             stack.enter_context(self._place())
             allowed = self._agent.toolbox.names(self._key_tools.get(question.owner))
+            watch = stack.enter_context(self.metrics.answer(allowed))
             prompt_ids = self._agent.render(question.messages, allowed)  # here: a tokenizer isn't for several threads
             version = await stack.enter_async_context(self.router.lease(question.version))
             started = await self._begin(question, version, prompt_ids)
@@ -134,8 +137,10 @@ class Service:
             context = ToolContext(question.owner, started.conversation_id, started.turn_id)
             events = self._agent.answer(question.messages, version, question.sampling, context=context, allowed=allowed)
             stack.push_async_callback(events.aclose)
+            watch.started(version, started.prompt_tokens)
             yield started
             async for event in events:
+                watch.see(event)
                 if isinstance(event, Done):
                     recording.trajectory = event.trajectory
                     break

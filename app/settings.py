@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,8 @@ from pydantic_settings import (
 from app.owners import owner_of
 
 SearchBackend = Literal["ddgs", "searxng", "local"]
+_OWNER = re.compile(r"key-[0-9a-f]{16}")
+_ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:\d+)?|https?://\[[0-9a-f:]+\](:\d+)?")
 
 
 class SettingsError(ValueError):
@@ -42,9 +45,25 @@ class Settings(BaseSettings):
     web_port: int = Field(7860, ge=1, le=65535)
     api_keys: Annotated[list[SecretStr], NoDecode] = Field(
         default_factory=list, description="when set, a request needs one as its bearer token, and the chat as password"
+    )  # the operator's own, for chat and feedback; `whetstone keys` makes others, with names, scopes and ends
+    admin_open_on_loopback: bool = Field(
+        False, description="where there is no key at all, let this machine's callers use /v1/admin too"
+    )
+    cors_origins: Annotated[list[str], NoDecode] = Field(
+        default_factory=list, description="of web pages that may call the endpoint from a browser: https://HOST"
     )
     max_body_bytes: int = Field(1_000_000, ge=1_000)
+    requests_per_minute: int | None = Field(
+        600, ge=1, description="of one API key, unless `whetstone keys add --per-minute` says else; None: no limit"
+    )
+    answers_per_key: int | None = Field(
+        32, ge=1, description="of one API key at the same time, unless `--at-once` says else; None: no limit"
+    )
     max_answers: int = Field(64, ge=1, description="answers in flight before the next is told to come back later")
+    log_format: Literal["human", "json"] = Field("human", description="of the log on standard error")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "warning", description="what is logged from; info has a line for each request to the endpoint"
+    )
     shutdown_seconds: float = Field(20.0, ge=0, description="how long answers in flight may take to end on shutdown")
 
     slots: int = Field(4, ge=1, description="sequences that the engine works on at once")
@@ -119,7 +138,9 @@ class Settings(BaseSettings):
     audit: bool = Field(True, description="write a line for each tool call to audit.jsonl")
     queue_max: int = Field(10_000, ge=1, description="tasks that may wait for training")
 
-    @field_validator("api_keys", "search_backends", "python_packages", "tools", "training_tools", mode="before")
+    @field_validator(
+        "api_keys", "cors_origins", "search_backends", "python_packages", "tools", "training_tools", mode="before"
+    )
     @classmethod
     def _split(cls, value: Any) -> Any:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
@@ -131,22 +152,23 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _guard(self) -> Settings:
-        if not self.is_loopback and not self.api_keys:
-            raise ValueError(
-                f"host {self.host!r} can be reached by other machines, and no API key is set: anyone could run code "
-                "in the sandbox and teach the model. Set WHETSTONE_API_KEYS to one or more secrets, or keep "
-                "WHETSTONE_HOST=127.0.0.1."
-            )
         if self.api_port == self.web_port:
             raise ValueError(f"api_port and web_port are both {self.api_port}: give them different numbers.")
-        owners = [owner_of(key.get_secret_value().encode()) for key in self.api_keys]
-        if owners and (unknown := [name for name in self.key_tools if name not in owners]):
-            keys = {key.get_secret_value() for key in self.api_keys}
-            shown = "an API key itself" if unknown[0] in keys else repr(unknown[0])
+        keys = {key.get_secret_value(): owner_of(key.get_secret_value().encode()) for key in self.api_keys}
+        # A name of an owner's shape may be that of a key in the store: see `app.keys.check_reach`.
+        wrong = [name for name in self.key_tools if name not in keys.values() and not _OWNER.fullmatch(name)]
+        if keys and wrong:
+            shown = "an API key itself" if wrong[0] in keys else repr(wrong[0])
             raise ValueError(
                 f"key_tools names {shown}, which is no key's owner, so that it would hold nobody back. The owners of "
-                f"the API keys are {', '.join(owners)}, in their order: name one of these, or take it out."
+                f"the API keys are {', '.join(keys.values())}, in their order: name one of these, or take it out."
             )
+        for origin in self.cors_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"cors_origins: {origin!r} is no origin, so no page would match: write it as a browser sends it, "
+                    "https://HOST or http://HOST:PORT, in small letters and without a path."
+                )
         if 2 * self.files_mb > self.python_memory_mb:
             raise ValueError(
                 f"files_mb {self.files_mb} is over half of python_memory_mb {self.python_memory_mb}: a program "

@@ -2,6 +2,7 @@
 
 from feedback_store.errors import DamagedRecord, InvalidRecord, NotFound, QueueFull, StoreError
 from feedback_store.records import (
+    ApiKey,
     Conversation,
     Lineage,
     Message,
@@ -11,6 +12,7 @@ from feedback_store.records import (
     Run,
     RunStage,
     RunTask,
+    Scope,
     StepLike,
     StoredObservation,
     StoredStep,
@@ -23,6 +25,7 @@ from feedback_store.store import Store
 from feedback_store.tool_results import as_stored, result_hash
 
 __all__ = [
+    "ApiKey",
     "Conversation",
     "DamagedRecord",
     "InvalidRecord",
@@ -36,6 +39,7 @@ __all__ = [
     "Run",
     "RunStage",
     "RunTask",
+    "Scope",
     "StepLike",
     "Store",
     "StoreError",

@@ -113,6 +113,15 @@ class Conversations(Database):
         with self._read() as connection:
             return [_conversation(row) for row in connection.execute(query)]
 
+    def conversations_page(self, owner: str, limit: int, after: str | None = None) -> list[Conversation]:
+        """An owner's, the newest first; those that began before the conversation `after`."""
+        query = _conversation_rows().where(conversations.c.owner == owner)
+        if after is not None:
+            query = query.where(conversations.c.id < after)
+        with self._read() as connection:
+            rows = connection.execute(query.order_by(conversations.c.id.desc()).limit(limit))
+            return [_conversation(row) for row in rows]
+
     def rename_conversation(self, conversation_id: str, title: str) -> None:
         with self._write() as connection:
             done = connection.execute(
@@ -255,6 +264,14 @@ class Conversations(Database):
             query = query.where(turns.c.conversation_id == conversation_id)
         with self._read() as connection:
             return [_turn(row, []) for row in connection.execute(query)]
+
+    def turns_page(self, conversation_id: str, limit: int, after: str | None = None) -> list[Turn]:
+        """A conversation's, without their steps, the oldest first; those after the turn `after`."""
+        query = select(turns).where(turns.c.conversation_id == conversation_id)
+        if after is not None:
+            query = query.where(turns.c.id > after)
+        with self._read() as connection:
+            return [_turn(row, []) for row in connection.execute(query.order_by(turns.c.id).limit(limit))]
 
     def recover(self, stale_seconds: float = 86_400) -> int:
         """Marks running turns whose process is gone as interrupted, steps kept; returns how many.

@@ -16,6 +16,7 @@ ClaimState = Literal["claimed", "completed", "released", "expired"]
 VersionStatus = Literal["candidate", "published", "refused"]
 RunStatus = Literal["running", "promoted", "refused", "ended", "failed"]
 FinalRunStatus = Literal["promoted", "refused", "ended", "failed"]
+Scope = Literal["chat", "feedback", "admin", "metrics"]
 
 
 class ObservationLike(Protocol):
@@ -133,6 +134,23 @@ class Turn:
     created_at: datetime
     finished_at: datetime | None
     steps: list[StoredStep] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ApiKey:
+    """`owner` is what conversations and tasks name; `hash` the SHA-256 of the key in hex. A limit of None is the
+    settings'; `last_used_at` is up to a minute old."""
+
+    owner: str
+    hash: str
+    name: str
+    scopes: tuple[Scope, ...]
+    requests_per_minute: int | None
+    answers_at_once: int | None
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+    last_used_at: datetime | None
 
 
 @dataclass(frozen=True)

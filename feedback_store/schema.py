@@ -243,3 +243,26 @@ version_changes = Table(  # the last row names the version in service
     Column("reason", CleanText, nullable=False),
     Column("at", UtcTime, nullable=False),
 )
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("owner", String(40), primary_key=True),
+    Column("hash", String(64), nullable=False, unique=True),  # SHA-256: see `keys`
+    Column("name", CleanText, nullable=False),
+    Column("scopes", JSON, nullable=False),
+    Column("requests_per_minute", Integer),
+    Column("answers_at_once", Integer),
+    Column("created_at", UtcTime, nullable=False),
+    Column("expires_at", UtcTime),
+    Column("revoked_at", UtcTime),
+    Column("last_used_at", UtcTime),
+)
+# A name is one key's until that is revoked; then another may have it.
+Index(
+    "ix_api_keys_name",
+    api_keys.c.name,
+    unique=True,
+    sqlite_where=api_keys.c.revoked_at.is_(None),
+    postgresql_where=api_keys.c.revoked_at.is_(None),
+)

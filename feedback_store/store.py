@@ -10,6 +10,8 @@ from sqlalchemy import func, select
 
 from feedback_store.conversations import Conversations
 from feedback_store.database import Clock, connect_to, parse_location, utc_now
+from feedback_store.deletion import Deletion
+from feedback_store.keys import Keys
 from feedback_store.migrate import bring_up_to_date
 from feedback_store.outcomes import Outcomes
 from feedback_store.queue import Queue
@@ -19,8 +21,8 @@ from feedback_store.tool_results import ToolResults
 from feedback_store.versions import Versions
 
 
-class Store(Conversations, ToolResults, Outcomes, Queue, Versions, Runs):
-    """The record of conversations, outcomes, tasks, versions and runs.
+class Store(Conversations, ToolResults, Outcomes, Queue, Versions, Runs, Keys, Deletion):
+    """The record of conversations, outcomes, tasks, versions and runs, and the API keys.
 
     Every method is one transaction and blocks; async code calls it through `asyncio.to_thread`. Threads may share
     one store; each process opens its own. All raise StoreError.

@@ -10,6 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from app.cli import app
+from app.keys import check_reach
+from app.owners import owner_of
 from app.settings import Settings, SettingsError, load
 from feedback_store import Store
 
@@ -91,11 +93,41 @@ def test_an_empty_question_is_refused() -> None:
     assert run.invoke(app, ["ask", "  "]).exit_code == 1
 
 
-def test_an_open_host_needs_keys() -> None:
-    with pytest.raises(SettingsError, match="WHETSTONE_API_KEYS"):
-        load(host="0.0.0.0")
+def test_an_open_host_needs_keys(store: Store) -> None:
+    with pytest.raises(ValueError, match="WHETSTONE_API_KEYS"):
+        check_reach(store, load(host="0.0.0.0"))
+    with pytest.raises(ValueError, match="cors_origins"):
+        check_reach(store, load(cors_origins="*"))
     keyed = load(host="0.0.0.0", api_keys="one, two")
     assert [key.get_secret_value() for key in keyed.api_keys] == ["one", "two"]
+    check_reach(store, keyed)
+    made = json.loads(run.invoke(app, ["keys", "add", "laptop", "--json"]).output)
+    assert made["scopes"] == ["chat", "feedback"]
+    check_reach(store, load(host="0.0.0.0", cors_origins="*", key_tools={made["owner"]: ["code"]}))
+    with pytest.raises(ValueError, match="key_tools"):
+        check_reach(store, load(key_tools={"key-0123456789abcdef": ["code"]}))
+
+
+def test_keys_are_made_listed_and_revoked(store: Store) -> None:
+    key = run.invoke(app, ["keys", "add", "lap top", "--scope", "chat", "--days", "7", "--per-minute", "5"]).stdout
+    again = run.invoke(app, ["keys", "add", "lap top"])
+    assert again.exit_code == 1
+    assert "revoke it first" in " ".join(again.output.split())
+    bad = run.invoke(app, ["keys", "add", "x", "--scope", "root"])
+    assert bad.exit_code == 1
+    assert "'root' is none of chat, feedback, admin" in " ".join(bad.output.split())
+    listed = run.invoke(app, ["keys", "list", "--json"]).output
+    (shown,) = json.loads(listed)
+    assert (shown["name"], shown["scopes"], shown["requests_per_minute"]) == ("lap top", ["chat"], 5)
+    assert shown["state"] == "in use"
+    assert shown["owner"] == owner_of(key.strip().encode()), "the name that conversations of the key have"
+    assert key.strip() not in listed
+    assert key.strip().encode() not in b"".join(path.read_bytes() for path in Path(store.where).parent.glob("*.db*"))
+    assert run.invoke(app, ["keys", "revoke", "lap top"]).exit_code == 0
+    assert run.invoke(app, ["keys", "revoke", "lap top"]).exit_code == 1
+    assert json.loads(run.invoke(app, ["keys", "list", "--json"]).output)[0]["state"] == "revoked"
+    assert run.invoke(app, ["keys", "add", "lap top"]).exit_code == 0, "the name is free again"
+    assert "1 revoked key removed" in run.invoke(app, ["keys", "forget", "lap top"]).output
 
 
 def test_variables_win_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +143,7 @@ def test_variables_win_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"api_port": 7860}, "both 7860"),
         ({"context": 512, "max_tokens": 500}, "no room for a prompt"),
         ({"search_backends": "google"}, "search_backends"),
+        ({"cors_origins": "https://a.example/app"}, "'https://a.example/app' is no origin"),
         ({"temprature": 1}, "temprature: there is no such setting, did you mean temperature"),
         ({"api_keys": "one,two", "key_tools": {"key-0": ["code"]}}, "'key-0', which is no key's owner.*key-7692c3ad"),
         ({"api_keys": "one,two", "key_tools": {"one": ["code"]}}, "an API key itself, which is no key's owner"),

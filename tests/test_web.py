@@ -199,6 +199,30 @@ async def test_only_the_owner_fetches_files_and_figures(
                 assert traversal.status_code == 404
 
 
+async def test_a_key_of_the_store_logs_in_until_it_is_revoked(
+    base: BaseModel, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from app.web.app import create_web
+
+    monkeypatch.setattr("app.keys.REFRESH_SECONDS", 0.0)
+    service, _ = make_service(base, store)
+    open_page = httpx.ASGITransport(create_web(service, Settings(home=tmp_path)))
+    async with httpx.AsyncClient(transport=open_page, base_url="http://127.0.0.1") as client:
+        assert (await client.get("/config")).status_code == 200
+        key, secret = store.add_key("laptop", ["chat"])
+        _, judge = store.add_key("judge", ["feedback"])
+        assert (await client.get("/config")).status_code == 503, "a page without a login is open no longer"
+    transport = httpx.ASGITransport(create_web(service, Settings(home=tmp_path)))
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+        for password in (judge, "wsk-none"):
+            refused = await client.post("/login", data={"username": key.owner, "password": password})
+            assert refused.status_code == 400
+        assert (await client.post("/login", data={"username": key.owner, "password": secret})).status_code == 200
+        assert (await client.get("/config")).status_code == 200
+        store.revoke_key("laptop")
+        assert (await client.get("/config")).status_code == 401
+
+
 def test_a_failed_tool_and_an_unclear_action_say_so() -> None:
     transcript = Transcript()
     transcript.feed(ToolCall("search", "x"))

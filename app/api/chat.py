@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -34,7 +35,7 @@ def router(service: Service, settings: Settings) -> APIRouter:
 
     @routes.post("/chat/completions", summary="Answer a conversation")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        question = to_question(body, request.state.owner, settings)
+        question = replace(to_question(body, request.state.owner, settings), request_id=request.state.request_id)
         answer = service.answer(question)
         if body.stream:
             include_usage = bool(body.stream_options and body.stream_options.include_usage)

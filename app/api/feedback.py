@@ -7,24 +7,41 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from app.api import wire
+from app.api.errors import ApiError
 from app.api.schema import FeedbackRequest
 from app.service import Service
+from feedback_store import NotFound
 
 
 def router(service: Service) -> APIRouter:
     routes = APIRouter(prefix="/v1")
 
-    @routes.post("/feedback", summary="Judge a turn: a score, or a verifier and the right answer")
+    def last_turn(conversation_id: str, owner: str) -> str:
+        if service.store.conversation(conversation_id).owner != owner:
+            raise NotFound("conversation", conversation_id)  # another's is told apart from none by nobody
+        turns = service.store.turns(conversation_id)
+        finished = next((turn.id for turn in turns if turn.status not in ("running", "interrupted")), None)
+        if finished is None:
+            raise ApiError(409, "the conversation has no finished answer yet.", "no_finished_turn", "conversation_id")
+        return finished
+
+    @routes.post(
+        "/feedback", summary="Judge a turn, or a conversation's last: a score, or a verifier and the right answer"
+    )
     async def feedback(body: FeedbackRequest, request: Request) -> dict[str, Any]:
+        owner: str = request.state.owner
+        turn_id = body.turn_id
+        if turn_id is None:
+            turn_id = await service.call(last_turn, body.conversation_id or "", owner)
         outcome = await service.feedback(
-            body.turn_id,
-            request.state.owner,
+            turn_id,
+            owner,
             source="client",
             score=body.score,
             verifier=body.verifier,
             gold=body.gold,
             reason=body.comment,
         )
-        return {"object": "whetstone.outcome", "turn_id": body.turn_id} | wire.outcome_summary(outcome)
+        return {"object": "whetstone.outcome", "turn_id": turn_id} | wire.outcome_summary(outcome)
 
     return routes

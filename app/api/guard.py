@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import hmac
 import re
 from dataclasses import dataclass
+from typing import Any
 
+from fastapi import Depends, Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.errors import ApiError
-from app.owners import LOCAL_OWNER, owner_of
+from app.api.errors import ApiError, as_api_error
+from app.keys import Holder, KeyRing, NotAKey
+from app.owners import LOCAL_OWNER
 from app.settings import Settings
+from feedback_store import Scope as KeyScope
+from feedback_store import StoreError
 
 OPEN_PATHS = frozenset({"/healthz"})
 UPLOAD_PATH = re.compile(r"/v1/conversations/[^/]+/files")
@@ -19,13 +23,15 @@ FORM_BYTES = 1 << 20  # what a form adds to the files in it
 
 
 class Guard:
-    """ASGI middleware. Sets `scope["state"]["owner"]`: one owner a key, or `local` where no key is needed."""
+    """ASGI middleware. Sets `scope["state"]`: the `holder` of the key, and their `owner` in the record; `local` where
+    no key is needed."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, keys: KeyRing) -> None:
         self.app = app
+        self._settings = settings
+        self._keys = keys
         self._body = BodyLimit(settings.max_body_bytes, "WHETSTONE_MAX_BODY_BYTES")
         self._upload = BodyLimit((settings.files_mb << 20) + FORM_BYTES, "WHETSTONE_FILES_MB")
-        self._keys = [key.get_secret_value().encode() for key in settings.api_keys]
         self._hosts = {"localhost", "127.0.0.1", "[::1]", settings.host}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -34,10 +40,11 @@ class Guard:
             return
         headers = Headers(scope=scope)
         try:
-            scope.setdefault("state", {})["owner"] = self._owner(headers, scope["path"])
+            holder = await self._holder(headers, scope["path"])
+            scope.setdefault("state", {}).update(holder=holder, owner=holder.owner)
             self._limit(scope).check(headers)
-        except ApiError as error:
-            await error.response()(scope, receive, send)
+        except (ApiError, StoreError) as error:
+            await as_api_error(error).response()(scope, receive, send)
             return
         limit = self._limit(scope)
         read = 0
@@ -52,23 +59,33 @@ class Guard:
 
         await self.app(scope, receive_within_limit, send)
 
-    def _owner(self, headers: Headers, path: str) -> str:
-        if not self._keys:
-            # Without keys only this machine may call. A web page elsewhere could still point a name of its own at
-            # 127.0.0.1 (DNS rebinding); its requests carry that name.
-            host = headers.get("host", "").rsplit(":", 1)[0] if "]" not in headers.get("host", "") else "[::1]"
-            if host not in self._hosts:
-                raise ApiError(403, f"host {host!r} isn't this machine: call 127.0.0.1, or set WHETSTONE_API_KEYS.")
-            return LOCAL_OWNER
+    async def _holder(self, headers: Headers, path: str) -> Holder:
+        if path in OPEN_PATHS and self._settings.api_keys:
+            return self._keys.local  # whatever the store's state: this is how a probe hears of it
+        keys = await self._keys.refreshed()
+        if not keys.needed:
+            self._check_local(headers)
+            return keys.local
         if path in OPEN_PATHS:
-            return LOCAL_OWNER
+            return keys.local
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not given:
             raise _unauthorized("no API key: send the header Authorization: Bearer KEY.", None)
-        key = given.strip().encode()
-        if not any([hmac.compare_digest(key, known) for known in self._keys]):  # all of them: constant time
-            raise _unauthorized("this API key isn't known: use one from WHETSTONE_API_KEYS.", "invalid_api_key")
-        return owner_of(key)
+        try:
+            holder = keys.holder(given.strip())
+        except NotAKey as error:
+            raise _unauthorized(str(error), "invalid_api_key") from None
+        keys.used(holder)
+        return holder
+
+    def _check_local(self, headers: Headers) -> None:
+        """Without keys only this machine may call. A web page elsewhere could still point a name of its own at
+        127.0.0.1 (DNS rebinding); its requests carry that name."""
+        if not self._settings.is_loopback or "*" in self._settings.cors_origins:  # the last key has been forgotten
+            raise _unauthorized("there is no API key: make one with `whetstone keys add NAME`.", None)
+        host = headers.get("host", "").rsplit(":", 1)[0] if "]" not in headers.get("host", "") else "[::1]"
+        if host not in self._hosts:
+            raise ApiError(403, f"host {host!r} isn't this machine: call 127.0.0.1, or set WHETSTONE_API_KEYS.")
 
     def _limit(self, scope: Scope) -> BodyLimit:
         return self._upload if scope["method"] == "POST" and UPLOAD_PATH.fullmatch(scope["path"]) else self._body
@@ -89,6 +106,30 @@ class BodyLimit:
     def error(self) -> ApiError:
         message = f"the body is over {self.bytes} bytes: send less, or raise {self.setting}."
         return ApiError(413, message, "too_large")
+
+
+def needs(*scopes: KeyScope) -> Any:
+    """A route's dependency: a key with one of `scopes`."""
+
+    def check(request: Request) -> None:
+        holder: Holder = request.state.holder
+        if any(scope in holder.scopes for scope in scopes):
+            return
+        if holder.owner == LOCAL_OWNER:
+            raise ApiError(
+                403,
+                f"this takes a key with the scope {scopes[0]}, even on this machine: make one with `whetstone keys add "
+                f"NAME --scope {scopes[0]}`, or set WHETSTONE_ADMIN_OPEN_ON_LOOPBACK.",
+                "missing_scope",
+            )
+        raise ApiError(
+            403,
+            f"the API key {holder.name!r} lacks the scope {scopes[0]}; it has {', '.join(holder.scopes)}. "
+            f"Use one that was made with --scope {scopes[0]}.",
+            "missing_scope",
+        )
+
+    return Depends(check)
 
 
 def _unauthorized(message: str, code: str | None) -> ApiError:

@@ -114,7 +114,8 @@ class FeedbackRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    turn_id: str = Field(min_length=1)
+    turn_id: Annotated[str, Field(min_length=1)] | None = None
+    conversation_id: Annotated[str, Field(min_length=1)] | None = None  # instead: its last finished turn
     score: Annotated[float, Field(ge=0, le=1)] | None = None
     verifier: str | None = None
     gold: Annotated[str, Field(min_length=1)] | None = None
@@ -122,6 +123,8 @@ class FeedbackRequest(BaseModel):
 
     @model_validator(mode="after")
     def _one_verdict(self) -> FeedbackRequest:
+        if (self.turn_id is None) == (self.conversation_id is None):
+            raise ValueError("send either a turn_id, or a conversation_id, which means its last finished turn")
         if (self.verifier is None) != (self.gold is None):
             missing = "gold" if self.gold is None else "verifier"
             raise ValueError(f"verifier and gold come together, and {missing} is missing")
@@ -137,3 +140,11 @@ class ConversationRequest(BaseModel):
 
     items: Annotated[list[Any], Field(max_length=0)] | None = None
     metadata: Annotated[dict[str, str], Field(max_length=0)] | None = None
+
+
+class VersionUse(BaseModel):
+    """The body of POST /v1/admin/versions/…, which may be left out: the reason, kept in the record."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    reason: Annotated[str, Field(max_length=1000)] = ""

@@ -33,8 +33,11 @@ def up() -> None:
 
 async def _run(settings: Settings) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from app import logs
     from app.runtime import running_service
     from app.server import bind, serve
+
+    logs.set_up(settings)
 
     for port in (settings.api_port, settings.web_port):
         bind(settings.host, port).close()  # a taken port is told now, not after the model is prepared

@@ -12,10 +12,11 @@ from starlette.datastructures import MutableHeaders
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.keys import KeyRing
 from app.service import Service
 from app.settings import Settings
 from app.web import files, page
-from app.web.owner import login, owner_of_download
+from app.web.owner import HoldersOnly, login, owner_of_download, page_of
 from app.web.theme import theme
 
 # The page's own scripts are inline; everything comes from here. So whatever a model or a search result writes,
@@ -46,10 +47,13 @@ class OwnHostOnly:
 
 def create_web(service: Service, settings: Settings) -> FastAPI:
     app = FastAPI(title="Whetstone chat", docs_url=None, redoc_url=None, openapi_url=None)
+    keys = KeyRing(service.store, settings)
+    check = login(keys)
     app.add_middleware(OwnHostOnly)
-    if not settings.api_keys:  # only this machine: see app.api.guard on DNS rebinding
+    app.add_middleware(HoldersOnly, keys=keys, logins=lambda: page_of(app).tokens if check else None)
+    if check is None:  # only this machine: see app.api.guard on DNS rebinding
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", settings.host])
-    app.include_router(files.router(service, lambda request: owner_of_download(app, settings, request)))
+    app.include_router(files.router(service, lambda request: owner_of_download(app, request)))
     mounted: FastAPI = gr.mount_gradio_app(
         app,
         page.build(service, settings),
@@ -58,8 +62,8 @@ def create_web(service: Service, settings: Settings) -> FastAPI:
         server_port=settings.web_port,
         footer_links=[],
         run_history=False,
-        auth=login(settings),
-        auth_message="The password is an API key; the user name is its owner, as `whetstone up` prints it.",
+        auth=check,
+        auth_message="The password is an API key; the user name is its owner (key-…), as `whetstone` prints it.",
         ssr_mode=False,
         theme=theme(),
         css_paths=[page.STYLE],

@@ -1,0 +1,108 @@
+"""How often a key may call: requests a minute and answers at once, counted in this process.
+
+Where no key is needed there is no such limit: one person on one machine is held by `max_answers` alone. Several
+endpoint processes count each for itself.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+from cachetools import TTLCache
+from pyrate_limiter import InMemoryBucket, Rate, RateItem
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.errors import ApiError
+from app.keys import Holder
+from app.owners import LOCAL_OWNER
+from app.settings import Settings
+
+ANSWER_PATHS = frozenset({"/v1/chat/completions", "/v1/responses"})
+UNCOUNTED = frozenset({"/healthz", "/metrics"})  # asked by machines that watch this one
+_MINUTE_MS = 60_000
+_OWNERS = 10_000  # buckets kept; one that nobody used for a minute is empty, and may go
+
+
+class Limits:
+    """ASGI middleware, inside the guard. OpenAI's headers tell a client where it stands; 429 says when to try again."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app = app
+        self._per_minute = settings.requests_per_minute
+        self._at_once = settings.answers_per_key
+        self._buckets: TTLCache[tuple[str, int], InMemoryBucket] = TTLCache(_OWNERS, 2 * _MINUTE_MS / 1000)
+        self._answering: dict[str, int] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        holder: Holder | None = scope.get("state", {}).get("holder")
+        if scope["type"] != "http" or holder is None or holder.owner == LOCAL_OWNER or scope["path"] in UNCOUNTED:
+            await self.app(scope, receive, send)
+            return
+        try:
+            told = self._count(holder)
+            answers = scope["method"] == "POST" and scope["path"] in ANSWER_PATHS
+            if answers:
+                self._check_at_once(holder, told)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(told)
+            await send(message)
+
+        if not answers:
+            await self.app(scope, receive, send_with_headers)
+            return
+        self._answering[holder.owner] = self._answering.get(holder.owner, 0) + 1
+        try:
+            await self.app(scope, receive, send_with_headers)
+        finally:
+            self._answering[holder.owner] -= 1
+            if not self._answering[holder.owner]:
+                del self._answering[holder.owner]
+
+    def _count(self, holder: Holder) -> dict[str, str]:
+        """The headers that say where the holder stands, this request counted. Raises ApiError where it is one too many.
+
+        A request that is refused doesn't count, so a client that waits as it is told gets through.
+        """
+        limit = holder.requests_per_minute or self._per_minute
+        if limit is None:
+            return {}
+        bucket = self._buckets.get((holder.owner, limit)) or InMemoryBucket([Rate(limit, _MINUTE_MS)])
+        self._buckets[holder.owner, limit] = bucket  # anew: its time to live begins again
+        now: int = bucket.now()
+        bucket.leak(now)
+        item = RateItem("", now)
+        taken = bucket.put(item)
+        wait_ms = 0 if taken else max(1, int(bucket.waiting(item)))  # type: ignore[arg-type]  # no awaitable in memory
+        oldest = bucket.peek(bucket.count() - 1)
+        reset_s = (oldest.timestamp + _MINUTE_MS - now) / 1000 if oldest else 0.0
+        told = {
+            "x-ratelimit-limit-requests": str(limit),
+            "x-ratelimit-remaining-requests": str(max(0, limit - bucket.count())),
+            "x-ratelimit-reset-requests": f"{max(0.0, reset_s):.1f}s",
+        }
+        if not taken:
+            raise ApiError(
+                429,
+                f"the key {holder.name!r} has made its {limit} requests of this minute: try again in "
+                f"{ceil(wait_ms / 1000)} s.",
+                "rate_limit_exceeded",
+                headers=told | {"Retry-After": str(ceil(wait_ms / 1000)), "retry-after-ms": str(wait_ms)},
+            )
+        return told
+
+    def _check_at_once(self, holder: Holder, told: dict[str, str]) -> None:
+        limit = holder.answers_at_once or self._at_once
+        if limit is not None and self._answering.get(holder.owner, 0) >= limit:
+            raise ApiError(
+                429,
+                f"the key {holder.name!r} has {limit} answer{'s' if limit > 1 else ''} under way, which is its limit: "
+                "try again when one has ended.",
+                "concurrency_limit_exceeded",
+                headers=told | {"Retry-After": "2"},
+            )

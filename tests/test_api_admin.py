@@ -1,0 +1,141 @@
+"""What an administrator does through the endpoint, and what owners do with their own conversations."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from app.api.app import create_app
+from app.settings import Settings
+from feedback_store import NotFound, Store
+from serving.model import BaseModel
+from tests.fakes import make_service
+from tools.workspace import Workspaces
+
+SUM = {"model": "whetstone", "messages": [{"role": "user", "content": "What is 6 * 7?"}]}
+TAUGHT = SUM | {"metadata": {"verifier": "numeric", "gold": "42"}}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Any:
+    with Store.open(tmp_path / "store.db") as opened:
+        for name, parent, status in (("v0", None, "published"), ("v1", "v0", "published"), ("v2", "v1", "refused")):
+            opened.add_version(name, parent, "", {}, status)  # type: ignore[arg-type]
+        opened.set_current("v0", "first")
+        yield opened
+
+
+@asynccontextmanager
+async def calling(base: BaseModel, store: Store, tmp_path: Path, **knobs: Any) -> AsyncIterator[httpx.AsyncClient]:
+    service, _ = make_service(base, store, workspaces=Workspaces(tmp_path / "files"))
+    transport = httpx.ASGITransport(create_app(service, Settings(home=tmp_path, **knobs)), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
+        yield client
+
+
+async def test_admin_is_closed_without_its_scope(base: BaseModel, store: Store, tmp_path: Path) -> None:
+    async with calling(base, store, tmp_path) as client:
+        for refused in (await client.get("/v1/admin/runs"), await client.post("/v1/admin/versions/v1/use")):
+            assert refused.status_code == 403, "even on loopback, where no key is needed"
+            assert "ADMIN_OPEN_ON_LOOPBACK" in refused.json()["error"]["message"]
+    async with calling(base, store, tmp_path, api_keys="alice-secret") as client:
+        refused = await client.get("/v1/admin/runs", headers={"Authorization": "Bearer alice-secret"})
+        assert refused.status_code == 403
+        _, secret = store.add_key("boss", ["admin"])
+    async with calling(base, store, tmp_path, api_keys="alice-secret") as client:
+        client.headers["Authorization"] = f"Bearer {secret}"
+        assert (await client.get("/v1/admin/runs")).status_code == 200
+        assert (await client.post("/v1/chat/completions", json=SUM)).status_code == 403
+    assert store.current_version() == "v0"
+
+
+async def test_versions_are_swapped_and_rolled_back(base: BaseModel, store: Store, tmp_path: Path) -> None:
+    async with calling(base, store, tmp_path, admin_open_on_loopback=True) as client:
+        assert (await client.post("/v1/admin/versions/rollback")).status_code == 409
+        used = await client.post("/v1/admin/versions/v1/use", json={"reason": "better"})
+        assert used.json()["previous"] == "v0"
+        listed = (await client.get("/v1/admin/versions")).json()
+        assert listed["current"] == "v1"
+        assert [(v["id"], v["status"], v["current"]) for v in listed["data"]][1:] == [
+            ("v1", "published", True),
+            ("v2", "refused", False),
+        ]
+        assert listed["changes"][0]["reason"] == "better"
+        assert (await client.post("/v1/admin/versions/rollback")).json()["version"] == "v0"
+        for version, status in (("v9", 404), ("v2", 409)):
+            assert (await client.post(f"/v1/admin/versions/{version}/use")).status_code == status
+        assert (await client.post("/v1/admin/versions/v1/use", json={"why": "x"})).status_code == 400
+    assert store.current_version() == "v0"
+
+
+async def test_runs_are_listed_and_shown(base: BaseModel, store: Store, tmp_path: Path) -> None:
+    run_id = store.start_run("embedded-cpu", {})
+    store.set_stage(run_id, "train", {"step": 3})
+    async with calling(base, store, tmp_path, admin_open_on_loopback=True) as client:
+        (listed,) = (await client.get("/v1/admin/runs")).json()["data"]
+        assert (listed["id"], listed["status"], listed["alive"]) == (run_id, "running", True)
+        assert (await client.get(f"/v1/admin/runs/{run_id}")).json()["stages"][0]["detail"] == {"step": 3}
+        assert (await client.get("/v1/admin/runs/run_none")).status_code == 404
+        assert (await client.get("/v1/admin/runs?limit=0")).status_code == 400
+
+
+async def test_conversations_are_paged_and_read_by_their_owner(base: BaseModel, store: Store, tmp_path: Path) -> None:
+    others = store.create_conversation("somebody else")
+    async with calling(base, store, tmp_path) as client:
+        made = [(await client.post("/v1/chat/completions", json=SUM)).json()["whetstone"] for _ in range(3)]
+        ids = [told["conversation_id"] for told in made]
+        first = (await client.get("/v1/conversations?limit=2")).json()
+        assert [item["id"] for item in first["data"]] == ids[:0:-1]
+        assert first["has_more"]
+        rest = (await client.get(f"/v1/conversations?limit=2&after={first['last_id']}")).json()
+        assert ([item["id"] for item in rest["data"]], rest["has_more"]) == ([ids[0]], False)
+        (turn,) = (await client.get(f"/v1/conversations/{ids[0]}")).json()["turns"]["data"]
+        assert (turn["id"], turn["answer"], turn["version"]) == (made[0]["turn_id"], "The result is 42.", "v0")
+        for id_ in (others, "conv_none"):
+            assert (await client.get(f"/v1/conversations/{id_}")).status_code == 404
+            assert (await client.delete(f"/v1/conversations/{id_}")).status_code == 404
+    assert store.conversation(others).owner == "somebody else"
+
+
+async def test_a_deleted_conversation_leaves_only_what_a_run_has_taken(
+    base: BaseModel, store: Store, tmp_path: Path
+) -> None:
+    async with calling(base, store, tmp_path) as client:
+        told = (await client.post("/v1/chat/completions", json=TAUGHT)).json()["whetstone"]
+        path = f"/v1/conversations/{told['conversation_id']}"
+        await client.post(f"{path}/files", files={"files": ("a.txt", b"mine")})
+        gone = (await client.delete(path)).json()
+        assert gone["deleted"]
+        assert gone["whetstone"] == {"turns": 1, "tasks_deleted": 1, "tasks_kept": 0, "note": ""}
+        assert (await client.get(path)).status_code == 404
+        assert not (tmp_path / "files" / told["conversation_id"]).exists()
+        with pytest.raises(NotFound):
+            store.turn(told["turn_id"])
+        with pytest.raises(NotFound):
+            store.task(told["outcome"]["task_id"])
+
+        told = (await client.post("/v1/chat/completions", json=TAUGHT)).json()["whetstone"]
+        store.claim(store.start_run("embedded-cpu", {}), 1)
+        gone = (await client.delete(f"/v1/conversations/{told['conversation_id']}")).json()["whetstone"]
+        assert (gone["tasks_deleted"], gone["tasks_kept"]) == (0, 1)
+        assert "keep what they learnt" in gone["note"]
+
+        open_one = store.create_conversation("local")
+        store.begin_turn(open_one, [{"role": "user", "content": "x"}], "v0", [1])
+        assert (await client.delete(f"/v1/conversations/{open_one}")).status_code == 409
+
+
+async def test_feedback_on_a_conversation_judges_its_last_answer(base: BaseModel, store: Store, tmp_path: Path) -> None:
+    async with calling(base, store, tmp_path) as client:
+        told = (await client.post("/v1/chat/completions", json=SUM)).json()["whetstone"]
+        verdict = {"conversation_id": told["conversation_id"], "score": 1}
+        assert (await client.post("/v1/feedback", json=verdict)).json()["turn_id"] == told["turn_id"]
+        both = await client.post("/v1/feedback", json=verdict | {"turn_id": told["turn_id"]})
+        assert both.status_code == 400
+        for id_, status in ((store.create_conversation("local"), 409), (store.create_conversation("other"), 404)):
+            assert (await client.post("/v1/feedback", json={"conversation_id": id_, "score": 1})).status_code == status
