@@ -2,7 +2,9 @@
 
 from feedback_store.errors import DamagedRecord, InvalidRecord, NotFound, QueueFull, StoreError
 from feedback_store.records import (
+    Canary,
     Conversation,
+    InService,
     Lineage,
     Message,
     ObservationLike,
@@ -23,8 +25,10 @@ from feedback_store.store import Store
 from feedback_store.tool_results import as_stored, result_hash
 
 __all__ = [
+    "Canary",
     "Conversation",
     "DamagedRecord",
+    "InService",
     "InvalidRecord",
     "Lineage",
     "Message",
