@@ -62,6 +62,13 @@ class LoadedVersions:
                 del self._users[version]
                 self._freed.set()
 
+    def to_give_way(self) -> str | None:
+        """When there is no room: of the versions beside the one in service, the one that fewest answers use."""
+        loaded = [version for version in self._engine.loaded() if version != self.pinned]
+        if len(loaded) + 1 < self._at_most or self._idle():
+            return None
+        return min(loaded, key=lambda version: self._users[version])
+
     async def unload_but(self, wanted: Collection[str]) -> None:
         """Unload what isn't wanted and no answer uses."""
         async with self._changing:

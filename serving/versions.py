@@ -80,6 +80,7 @@ class VersionRouter:
         self._wake = asyncio.Event()
         self.refused: dict[str, str] = {}
         self._not_before: dict[str, float] = {}
+        self._giving_way: str | None = None
 
     @property
     def current(self) -> str:
@@ -134,8 +135,14 @@ class VersionRouter:
         conversation needs any more."""
         choice = await asyncio.to_thread(self._store.in_service, None, "", self._idle_s)
         before = self._loaded.pinned
-        if choice.current is not None and choice.current != before and await self._adopt(choice.current):
+        if choice.current is None or choice.current == before:
+            self._giving_way = None
+        elif await self._adopt(choice.current):
             log.info("swapped from %s to %s", before, choice.current)
+            self._giving_way = None
+        elif self._giving_way is None and (crowding := self._loaded.to_give_way()) is not None:
+            log.warning("%s can't be loaded beside the others: the conversations on %s go on", choice.current, crowding)
+            self._giving_way = crowding
         needed = await asyncio.to_thread(self._store.conversations_on, self._idle_s)
         if choice.canary is not None:
             needed[choice.canary.version] = needed.get(choice.canary.version, 0)
@@ -173,6 +180,8 @@ class VersionRouter:
     async def _hold_preferred(self, held: AsyncExitStack, owner: str, conversation_id: str | None) -> str:
         choice = await asyncio.to_thread(self._store.in_service, conversation_id, owner, self._idle_s)
         for version in preferred(choice, owner):
+            if version == self._giving_way:  # else conversations that never rest would keep a swap out
+                continue
             if version == choice.current != self.current:
                 if version not in self.refused:
                     self._wake.set()

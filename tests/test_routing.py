@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import shutil
 from collections.abc import AsyncIterator, Iterator
@@ -14,9 +15,9 @@ import pytest
 from feedback_store import Canary, InService, InvalidRecord, Store
 from serving.engines.base import EngineError, UnknownVersion
 from serving.loading import NoRoom
-from serving.manifest import _locked, fcntl, remove_unfinished
+from serving.manifest import _locked, remove_unfinished
 from serving.routing import on_canary, preferred
-from serving.versions import SHIPPED, VersionRouter, install_shipped
+from serving.versions import VersionRouter, install_shipped
 from tests.fakes import ScriptedEngine, until
 from tests.test_versions import publish
 
@@ -233,6 +234,25 @@ async def test_the_longest_idle_version_makes_room(store: Store, engine: Scripte
                 pass
         await held.enter_async_context(router.lease("v3"))
     assert sorted(engine.loaded()) == ["v0", "v1", "v3"]
+    await router.close()
+
+
+async def test_conversations_that_never_rest_dont_keep_a_swap_out(store: Store, engine: ScriptedEngine) -> None:
+    router = VersionRouter(store, engine, poll_s=60, at_most=2)
+    await router.start()
+    await router.use("v1", "better")
+    conversation, _ = await turn(router, store)
+    await router.use("v0", "back")
+    async with router.lease(None, "ada", conversation) as version:
+        assert version == "v1"
+        store.set_current("v2", "better still")
+        await router.refresh()
+        assert router.current == "v0"
+        async with router.lease(None, "ada", conversation) as version:  # its next turn comes before the last one ends
+            assert version == "v0"
+    await router.refresh()
+    assert (router.current, sorted(engine.loaded())) == ("v2", ["v2"])
+    assert await turn(router, store, conversation) == [conversation, "v2"]
     await router.close()
 
 
