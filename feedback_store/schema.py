@@ -20,6 +20,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    false,
 )
 from sqlalchemy.types import TypeDecorator
 
@@ -241,6 +242,7 @@ version_changes = Table(  # the last row names the version in service
     Column("id", Integer, primary_key=True),
     Column("version_id", String(100), ForeignKey("versions.id"), nullable=False),
     Column("previous", String(100), ForeignKey("versions.id")),
+    Column("moved", Boolean, nullable=False, server_default=false()),  # the conversations on other versions, too
     Column("reason", CleanText, nullable=False),
     Column("at", UtcTime, nullable=False),
 )

@@ -22,10 +22,13 @@ def _version(row: Row[Any]) -> Version:
     return Version(row.id, row.parent, row.run_id, row.path, row.manifest, row.status, row.created_at)
 
 
+def _last_change(connection: Connection) -> Row[Any] | None:
+    return connection.execute(select(version_changes).order_by(version_changes.c.id.desc()).limit(1)).first()
+
+
 def _current(connection: Connection) -> str | None:
-    return connection.execute(
-        select(version_changes.c.version_id).order_by(version_changes.c.id.desc()).limit(1)
-    ).scalar()
+    last = _last_change(connection)
+    return None if last is None else last.version_id
 
 
 def _canary(connection: Connection) -> Canary | None:
@@ -42,10 +45,15 @@ def _canary(connection: Connection) -> Canary | None:
 
 
 def may_keep(connection: Connection, version_id: str, kept: str | None) -> bool:
-    """Whether a conversation may stay on the version that a turn of it begins with. Not on one that was replaced or
-    moved away from a moment ago, which another process may still answer with."""
+    """Whether a conversation may stay on the version that a turn of it begins with.
+
+    It may on the one that was in service a moment ago, which another process may still answer with, but not when
+    conversations were moved away from it meanwhile.
+    """
+    last = _last_change(connection)
     canary = _canary(connection)
-    return version_id in (kept, _current(connection), canary.version if canary else None)
+    serving = () if last is None else (last.version_id, None if last.moved else last.previous)
+    return version_id in (kept, canary.version if canary else None, *serving)
 
 
 def _let_go(connection: Connection, *but: str | None) -> int:
@@ -148,7 +156,11 @@ class Versions(Database):
                 if canary is not None and canary.version == id:
                     self._record_canary(connection, id, 0.0, "put in service")
                     canary = None
-            return _let_go(connection, id, canary.version if canary else None) if move_conversations else 0
+            if not move_conversations:
+                return 0
+            newest = select(func.max(version_changes.c.id)).scalar_subquery()
+            connection.execute(update(version_changes).where(version_changes.c.id == newest).values(moved=True))
+            return _let_go(connection, id, canary.version if canary else None)
 
     def current_version(self) -> str | None:
         with self._read() as connection:

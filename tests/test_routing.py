@@ -108,7 +108,8 @@ async def test_an_answer_doesnt_wait_for_a_swap(router: VersionRouter, store: St
     late, version = await turn(router, store)
     assert version == "v0"
     await until(lambda: router.current == "v1")  # the lease woke the follower, which polls once a minute here
-    assert await turn(router, store, late) == [late, "v1"], "what began in between isn't bound to the old one"
+    assert await turn(router, store, late) == [late, "v0"]
+    assert (await turn(router, store))[1] == "v1"
 
 
 @pytest.mark.parametrize("how", ["altered", "vanished", "withdrawn", "engine"])
@@ -251,8 +252,7 @@ async def test_conversations_that_never_rest_dont_keep_a_swap_out(store: Store, 
         async with router.lease(None, "ada", conversation) as version:  # its next turn comes before the last one ends
             assert version == "v0"
     await router.refresh()
-    assert (router.current, sorted(engine.loaded())) == ("v2", ["v2"])
-    assert await turn(router, store, conversation) == [conversation, "v2"]
+    assert (router.current, engine.loaded()) == ("v2", ["v2"])
     await router.close()
 
 

@@ -77,8 +77,15 @@ def test_what_was_withdrawn_or_replaced_meanwhile_isnt_kept(store: Store) -> Non
     conversation, _ = begin(store, "v1")
     store.set_current("v2", "better")
     late, _ = begin(store, "v1")  # by a process that hadn't heard of it
-    assert kept(store, late) is None
+    assert kept(store, late) == kept(store, conversation) == "v1"
+    assert kept(store, begin(store, "v0")[0]) is None
+    store.set_current("v3", "rolled back", move_conversations=True)
+    assert kept(store, begin(store, "v2")[0]) is None
+    begin(store, "v1", conversation)
+    store.set_current("v1", "again")
+    begin(store, "v1", conversation)
     assert kept(store, conversation) == "v1"
+    store.set_current("v2", "better")
     store.set_version_status("v1", "refused")
     assert kept(store, conversation) is None
 

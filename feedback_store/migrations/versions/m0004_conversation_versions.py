@@ -11,6 +11,7 @@ down_revision = "0003"
 
 def upgrade() -> None:
     op.add_column("conversations", sa.Column("version", sa.String(length=100), nullable=True))
+    op.add_column("version_changes", sa.Column("moved", sa.Boolean(), nullable=False, server_default=sa.false()))
     op.create_table(
         "canary_changes",
         sa.Column("id", sa.Integer(), nullable=False),
