@@ -2,6 +2,7 @@
 # make test   the same set-up, then the tests        make lint, make types   the other checks
 # make learn  the proof that it learns, about an hour; results in benchmarks/results
 # make bench-sandbox  what a call of the Python tool costs, ten minutes
+# make test-swap, make bench-swap  swaps of versions under load: the two-minute test, and what they cost
 # make setup  only the set-up                        make clean              forget it
 #
 # Variables
@@ -13,7 +14,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help run test learn bench-sandbox lint types setup bubblewrap chromium clean
+.PHONY: help run test learn bench-sandbox test-swap bench-swap lint types setup bubblewrap chromium clean
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -41,6 +42,12 @@ learn: setup
 bench-sandbox: setup
 	@$(PIP) -e '.[bench]' | $(SHORTLY)
 	@$(BIN)/python -m benchmarks.sandbox
+
+test-swap: setup
+	@WHETSTONE_SWAP_SECONDS=120 $(BIN)/python -m pytest -s tests/test_swap.py
+
+bench-swap: setup
+	@$(BIN)/python -m benchmarks.swap
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -66,7 +66,13 @@ async def _start(settings: Settings, progress: Progress, stack: AsyncExitStack) 
     progress("Starting the engine")
     engine = LlamaCppEngine(base, settings.slots, settings.context, settings.threads)
     stack.push_async_callback(engine.close)
-    router = VersionRouter(store, engine, base.fingerprint)
+    router = VersionRouter(
+        store,
+        engine,
+        base.fingerprint,
+        idle_s=settings.version_idle_seconds,
+        at_most=settings.max_loaded_versions,
+    )
     stack.push_async_callback(router.close)
     await router.start()
     agent = Agent(

@@ -50,7 +50,8 @@ class Overloaded(RuntimeError):
 class Question:
     """What is asked. `messages`: OpenAI's chat shape, text only, the whole context, ending with the user's.
 
-    `version`: a loaded version id, or None for the one in service. `verifier` and `gold` come together: the answer is
+    `version`: a published version's id, which this answer alone is written with, or None for the one that the
+    conversation stays on or, new, begins with. `verifier` and `gold` come together: the answer is
     then judged as soon as it is there. `conversation_id`: the conversation that the turn belongs to, or a new one.
     """
 
@@ -130,7 +131,8 @@ class Service:
             allowed = self._agent.toolbox.names(self._key_tools.get(question.owner))
             watch = stack.enter_context(self.metrics.answer(allowed))
             prompt_ids = self._agent.render(question.messages, allowed)  # here: a tokenizer isn't for several threads
-            version = await stack.enter_async_context(self.router.lease(question.version))
+            lease = self.router.lease(question.version, question.owner, question.conversation_id)
+            version = await stack.enter_async_context(lease)
             started = await self._begin(question, version, prompt_ids)
             recording = _Recording(self.store, started.turn_id)
             stack.push_async_exit(recording.close)
@@ -249,7 +251,12 @@ class Service:
             elif self.store.conversation(conversation_id).owner != question.owner:
                 raise NotFound("conversation", conversation_id)  # another's is told apart from none by nobody
             turn_id = self.store.begin_turn(
-                conversation_id, question.messages, version, prompt_ids, question.request_id
+                conversation_id,
+                question.messages,
+                version,
+                prompt_ids,
+                question.request_id,
+                stays=question.version is None,
             )
             return conversation_id, turn_id
 

@@ -70,6 +70,11 @@ class Settings(BaseSettings):
     context: int = Field(4096, ge=512, le=8192, description="tokens of prompt and answer together; the model has 8192")
     threads: int | None = Field(None, ge=1, description="threads of the engine; None: all that the process may use")
 
+    version_idle_seconds: float = Field(
+        1800.0, gt=0, description="a conversation stays on its version until it rested for so long"
+    )
+    max_loaded_versions: int = Field(4, ge=2, description="of the model, loaded beside each other")
+
     max_turns: int = Field(4, ge=0, description="tool calls in one answer")
     observation_tokens: int = Field(256, ge=16, description="of one tool result, read by the policy")
     max_tokens: int = Field(512, ge=16, description="of one generation; a request may ask for fewer")

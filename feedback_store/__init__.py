@@ -3,7 +3,9 @@
 from feedback_store.errors import DamagedRecord, InvalidRecord, NotFound, QueueFull, StoreError
 from feedback_store.records import (
     ApiKey,
+    Canary,
     Conversation,
+    InService,
     Lineage,
     Message,
     ObservationLike,
@@ -26,8 +28,10 @@ from feedback_store.tool_results import as_stored, result_hash
 
 __all__ = [
     "ApiKey",
+    "Canary",
     "Conversation",
     "DamagedRecord",
+    "InService",
     "InvalidRecord",
     "Lineage",
     "Message",

@@ -16,6 +16,7 @@ from feedback_store.processes import Process, is_alive, this_process
 from feedback_store.records import Conversation, FinalStatus, Message, StepLike, StoredStep, Turn
 from feedback_store.schema import conversations, steps, turns
 from feedback_store.tool_results import as_stored, call_hash, put_result, steps_with_results, stored_observation
+from feedback_store.versions import may_keep
 
 _OPEN = ("running", "interrupted")  # an interrupted turn may go on: its process was only out of sight
 
@@ -156,22 +157,31 @@ class Conversations(Database):
         version: str,
         prompt_ids: Sequence[int],
         request_id: str = "",
+        stays: bool = False,
     ) -> str:
-        """A running turn. `messages` is the whole prompt, `prompt_ids` its tokens as the engine gets them."""
+        """A running turn. `messages` is the whole prompt, `prompt_ids` its tokens as the engine gets them.
+
+        `stays`: the conversation's next turns are to keep this turn's version, if it serves (see `versions`).
+        """
         prompt = check_messages(messages)
         packed = pack_ids(prompt_ids)
         turn_id, now, me = new_id("turn"), self._now(), this_process()
         with self._write() as connection:
-            title = connection.execute(
-                select(conversations.c.title).where(conversations.c.id == conversation_id)
-            ).scalar()
-            if title is None:
+            row = connection.execute(
+                select(conversations.c.title, conversations.c.version).where(conversations.c.id == conversation_id)
+            ).first()
+            if row is None:
                 raise NotFound("conversation", conversation_id)
+            title, kept = row
+            if stays:
+                kept = version if may_keep(connection, version, kept) else None
             asked = _last_user_message(prompt)
             if not title and asked and isinstance(asked.get("content"), str):
                 title = " ".join(asked["content"].split())[:80]
             connection.execute(
-                update(conversations).where(conversations.c.id == conversation_id).values(updated_at=now, title=title)
+                update(conversations)
+                .where(conversations.c.id == conversation_id)
+                .values(updated_at=now, title=title, version=kept)
             )
             connection.execute(
                 insert(turns).values(
@@ -237,6 +247,10 @@ class Conversations(Database):
                 update(turns)
                 .where(turns.c.id == turn_id)
                 .values(status=status, answer=answer, error=error, finished_at=now)
+            )
+            its_conversation = select(turns.c.conversation_id).where(turns.c.id == turn_id).scalar_subquery()
+            connection.execute(
+                update(conversations).where(conversations.c.id == its_conversation).values(updated_at=now)
             )
 
     def turn(self, turn_id: str) -> Turn:

@@ -211,6 +211,23 @@ class VersionChange:
 
 
 @dataclass(frozen=True)
+class Canary:
+    """A version that `share` of the new conversations begin on, 0 to 1."""
+
+    version: str
+    share: float
+
+
+@dataclass(frozen=True)
+class InService:
+    """What an answer may be written with: `kept` is the version that its conversation stays on, if it does."""
+
+    current: str | None
+    canary: Canary | None
+    kept: str | None
+
+
+@dataclass(frozen=True)
 class RunStage:
     stage: str
     detail: dict[str, Any]

@@ -20,6 +20,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    false,
 )
 from sqlalchemy.types import TypeDecorator
 
@@ -68,7 +69,8 @@ conversations = Table(
     Column("owner", CleanText, nullable=False),
     Column("title", CleanText, nullable=False),
     Column("created_at", UtcTime, nullable=False),
-    Column("updated_at", UtcTime, nullable=False),
+    Column("updated_at", UtcTime, nullable=False),  # the last turn's beginning or end
+    Column("version", String(100)),  # the one that its turns stay on; null: whatever serves
     Index(None, "owner", "updated_at"),
     Index(None, "updated_at"),
 )
@@ -240,6 +242,17 @@ version_changes = Table(  # the last row names the version in service
     Column("id", Integer, primary_key=True),
     Column("version_id", String(100), ForeignKey("versions.id"), nullable=False),
     Column("previous", String(100), ForeignKey("versions.id")),
+    Column("moved", Boolean, nullable=False, server_default=false()),  # the conversations on other versions, too
+    Column("reason", CleanText, nullable=False),
+    Column("at", UtcTime, nullable=False),
+)
+
+canary_changes = Table(  # the last row names the version that is tried, and its share; a share of 0 ends it
+    "canary_changes",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("version_id", String(100), ForeignKey("versions.id"), nullable=False),
+    Column("share", Float, nullable=False),
     Column("reason", CleanText, nullable=False),
     Column("at", UtcTime, nullable=False),
 )

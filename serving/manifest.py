@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+_WORK = re.compile(r"\..+-[a-z0-9_]{8}")  # a working folder of `write_version`
 WEIGHTS = ("adapter_model.safetensors", "adapter_config.json")
 
 
@@ -44,17 +48,49 @@ def write_version(
 ) -> Manifest:
     """Make a version's folder whole or not at all: `save` writes the weights, `describe` gets their hashes."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        save(work)
-        manifest = describe({name: sha256_of(work / name) for name in WEIGHTS})
-        (work / "manifest.json").write_text(manifest.model_dump_json(indent=2) + "\n")
-        work.chmod(0o755)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(work, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with _locked(folder.parent, fcntl.LOCK_SH):
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            save(work)
+            manifest = describe({name: sha256_of(work / name) for name in WEIGHTS})
+            (work / "manifest.json").write_text(manifest.model_dump_json(indent=2) + "\n")
+            work.chmod(0o755)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(work, folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     return manifest
+
+
+def remove_unfinished(folder: Path) -> list[str]:
+    """Remove what `write_version` left in `folder` when its process was killed; returns the names.
+
+    Nothing is touched while any process writes a version there.
+    """
+    if not folder.is_dir():
+        return []
+    removed = []
+    with _locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB) as alone:
+        for left in folder.iterdir() if alone else ():
+            if _WORK.fullmatch(left.name) and left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+                removed.append(left.name)
+    return removed
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, how: int) -> Iterator[bool]:
+    """A lock on a folder that dies with its process; whether it was got. Some network file systems have none."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, how)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
 
 
 def read_version(folder: Path, base: str | None = None) -> Manifest:

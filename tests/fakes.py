@@ -93,7 +93,9 @@ class FixedRouter:
         return self._engine.loaded()
 
     @asynccontextmanager
-    async def lease(self, version: str | None = None) -> AsyncIterator[str]:
+    async def lease(
+        self, version: str | None = None, owner: str = "", conversation_id: str | None = None
+    ) -> AsyncIterator[str]:
         version = version or self.current
         if version not in self._engine.loaded():
             raise UnknownVersion(f"Version {version!r} isn't loaded.")

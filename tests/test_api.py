@@ -95,6 +95,8 @@ async def test_a_stream_has_text_thinking_tools_usage_and_an_end(world: World) -
     assert chunks[-1]["usage"]["total_tokens"] > 0
     assert chunks[-2]["choices"][0]["finish_reason"] == "stop"
     assert len(chunks[-2]["whetstone"]["steps"]) == 2
+    named = {chunk["model"] for chunk in chunks} | {chunks[n]["whetstone"]["version"] for n in (0, -2)}
+    assert named == {response.headers["x-whetstone-version"]} == {"v0"}
 
 
 async def test_a_verified_answer_is_judged_at_once_and_queued(world: World) -> None:

@@ -44,6 +44,29 @@ def test_versions_are_listed_and_chosen(store: Store) -> None:
     assert "● v1" in " ".join(run.invoke(app, ["versions"]).output.split())
 
 
+def test_a_version_is_tried_promoted_and_taken_back(store: Store) -> None:
+    def versions(*command: str) -> str:
+        result = run.invoke(app, ["versions", *command])
+        assert result.exit_code == 0, result.output
+        return " ".join(result.output.split())
+
+    assert "tried on 12.5% of the owners" in versions("canary", "v1", "--share", "0.125")
+    assert "12.5% v1 0" in versions()
+    store.begin_turn(store.create_conversation("ada"), [{"role": "user", "content": "?"}], "v1", [1], stays=True)
+    listed = json.loads(versions("--json"))
+    assert listed["canary"] == {"version": "v1", "share": 0.125}
+    assert listed["conversations"] == {"v1": 1}
+    versions("promote", "v1")
+    assert (store.current_version(), store.canary()) == ("v1", None)
+    assert "1 conversation moved" in versions("use", "v0", "--move-conversations")
+    assert store.current_version() == "v0"
+    versions("canary", "v1", "--share", "1")
+    assert "isn't on trial" in versions("canary", "v1", "--share", "0")
+    assert store.canary() is None
+    for wrong in (["canary", "v0", "--share", "0.1"], ["canary", "v1", "--share", "2"], ["promote", "v2"]):
+        assert run.invoke(app, ["versions", *wrong]).exit_code != 0
+
+
 @pytest.mark.parametrize(("version", "why"), [("v9", "no version"), ("v2", "refused")])
 def test_a_version_that_cant_serve_is_refused(store: Store, version: str, why: str) -> None:
     result = run.invoke(app, ["versions", "use", version])

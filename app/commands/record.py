@@ -10,6 +10,8 @@ from app.commands import console
 from app.commands.console import AsJson
 
 versions = typer.Typer(help="The versions of the policy, and which one serves.", invoke_without_command=True)
+AVersion = Annotated[str, typer.Argument(help="A published version's id.")]
+Reason = Annotated[str, typer.Option(help="Kept in the record.")]
 data = typer.Typer(help="The record of conversations.", no_args_is_help=True)
 
 
@@ -18,25 +20,57 @@ def list_versions(context: typer.Context, as_json: AsJson = False) -> None:
     """The versions of the policy, and which one serves."""
     if context.invoked_subcommand is not None:
         return
+    idle = console.settings().version_idle_seconds
     with console.opened_store() as store:
-        current, known = store.current_version(), store.versions()
+        current, canary, known = store.current_version(), store.canary(), store.versions()
+        talking = store.conversations_on(idle)
     if as_json:
-        console.print_json({"current": current, "versions": known})
+        console.print_json({"current": current, "canary": canary, "conversations": talking, "versions": known})
         return
-    rows = [("●" if v.id == current else "", v.id, v.parent, v.status, v.created_at, v.run_id) for v in known]
-    columns = ("", "version", "parent", "status", "made", "by run")
+    share = {current: "●"} | ({canary.version: f"{canary.share:.1%}"} if canary else {})
+    rows = [
+        (share.get(v.id, ""), v.id, talking.get(v.id, 0), v.parent, v.status, v.created_at, v.run_id) for v in known
+    ]
+    columns = ("serves", "version", "conversations", "parent", "status", "made", "by run")
     console.table("Versions", columns, rows, "No versions yet: `whetstone up` installs the first.")
 
 
 @versions.command("use")
 def use_version(
-    version: Annotated[str, typer.Argument(help="A published version's id.")],
-    reason: Annotated[str, typer.Option(help="Kept in the record.")] = "chosen by hand",
+    version: AVersion,
+    reason: Reason = "chosen by hand",
+    move_conversations: Annotated[
+        bool, typer.Option("--move-conversations", help="Those that began on other versions go on with it too.")
+    ] = False,
 ) -> None:
-    """Put a published version in service. A running server follows within about a second."""
+    """Put a published version in service: the way back, too. A running server follows within about a second."""
+    with console.opened_store() as store:
+        moved = store.set_current(version, reason, move_conversations)
+    console.out.print(f"[bold]{version}[/] is in service.{_moved(moved)}")
+
+
+@versions.command("promote")
+def promote(version: AVersion, reason: Reason = "promoted by hand") -> None:
+    """Put the version that was tried in service, for everybody; conversations under way stay where they are."""
     with console.opened_store() as store:
         store.set_current(version, reason)
     console.out.print(f"[bold]{version}[/] is in service.")
+
+
+@versions.command("canary")
+def canary(
+    version: AVersion,
+    share: Annotated[float, typer.Option(min=0, max=1, help="Of the owners, whose new conversations begin on it.")],
+    reason: Reason = "chosen by hand",
+    move_conversations: Annotated[
+        bool, typer.Option("--move-conversations", help="With share 0: those on it go on with the one in service.")
+    ] = False,
+) -> None:
+    """Try a published version on a share of the owners; `--share 0` ends that."""
+    with console.opened_store() as store:
+        moved = store.set_canary(version, share, reason, move_conversations)
+    tried = f"is tried on {share:.1%} of the owners." if share else f"isn't on trial any more.{_moved(moved)}"
+    console.out.print(f"[bold]{version}[/] {tried}")
 
 
 def queue(as_json: AsJson = False, limit: Annotated[int, typer.Option(min=1, help="How many to show.")] = 20) -> None:
@@ -87,6 +121,10 @@ def stats(as_json: AsJson = False) -> None:
         mean = "" if outcome["mean_score"] is None else f", mean score {outcome['mean_score']:.2f}"
         rows.append((f"outcomes from a {source}", f"{outcome['count']}{mean}"))
     console.table("Record", ("what", "how much"), rows, "")
+
+
+def _moved(conversations: int) -> str:
+    return f" {conversations} conversation{'' if conversations == 1 else 's'} moved." if conversations else ""
 
 
 def _line(messages: list[dict[str, object]]) -> str:
