@@ -14,7 +14,9 @@ from app.api.app import create_app
 from app.settings import Settings
 from feedback_store import NotFound, Store
 from serving.model import BaseModel
+from serving.versions import VersionRouter, install_shipped
 from tests.fakes import make_service
+from tests.test_versions import publish
 from tools.workspace import Workspaces
 
 SUM = {"model": "whetstone", "messages": [{"role": "user", "content": "What is 6 * 7?"}]}
@@ -24,18 +26,21 @@ TAUGHT = SUM | {"metadata": {"verifier": "numeric", "gold": "42"}}
 @pytest.fixture
 def store(tmp_path: Path) -> Any:
     with Store.open(tmp_path / "store.db") as opened:
-        for name, parent, status in (("v0", None, "published"), ("v1", "v0", "published"), ("v2", "v1", "refused")):
-            opened.add_version(name, parent, "", {}, status)  # type: ignore[arg-type]
-        opened.set_current("v0", "first")
+        install_shipped(opened, tmp_path)
+        publish(opened, tmp_path, "v1")
+        opened.add_version("v2", "v1", "", {}, "refused")
         yield opened
 
 
 @asynccontextmanager
 async def calling(base: BaseModel, store: Store, tmp_path: Path, **knobs: Any) -> AsyncIterator[httpx.AsyncClient]:
-    service, _ = make_service(base, store, workspaces=Workspaces(tmp_path / "files"))
+    service, engine = make_service(base, store, workspaces=Workspaces(tmp_path / "files"))
+    service.router = router = VersionRouter(store, engine, poll_s=0.05)
+    await router.start()
     transport = httpx.ASGITransport(create_app(service, Settings(home=tmp_path, **knobs)), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
         yield client
+    await router.close()
 
 
 async def test_admin_is_closed_without_its_scope(base: BaseModel, store: Store, tmp_path: Path) -> None:
@@ -70,6 +75,26 @@ async def test_versions_are_swapped_and_rolled_back(base: BaseModel, store: Stor
         for version, status in (("v9", 404), ("v2", 409)):
             assert (await client.post(f"/v1/admin/versions/{version}/use")).status_code == status
         assert (await client.post("/v1/admin/versions/v1/use", json={"why": "x"})).status_code == 400
+    assert store.current_version() == "v0"
+
+
+async def test_a_version_is_tried_on_a_share_and_what_can_t_be_loaded_isn_t_used(
+    base: BaseModel, store: Store, tmp_path: Path
+) -> None:
+    async with calling(base, store, tmp_path, admin_open_on_loopback=True) as client:
+        tried = await client.post("/v1/admin/versions/v1/canary", json={"share": 1.0})
+        assert (tried.status_code, tried.json()["share"]) == (200, 1.0)
+        serving = (await client.get("/v1/admin/versions")).json()["serving_here"]
+        assert (serving["current"], serving["canary"]) == ("v0", {"version": "v1", "share": 1.0})
+        assert (await client.post("/v1/chat/completions", json=SUM)).json()["model"] == "v1"
+        for version, share, status in (("v1", 2, 400), ("v2", 0.5, 409), ("v0", 0.5, 409)):
+            refused = await client.post(f"/v1/admin/versions/{version}/canary", json={"share": share})
+            assert refused.status_code == status, refused.text
+        assert (await client.post("/v1/admin/versions/v1/canary", json={"share": 0})).status_code == 200
+        publish(store, tmp_path, "v3")
+        (tmp_path / "versions" / "v3" / "adapter_model.safetensors").write_bytes(b"rot")
+        assert (await client.post("/v1/admin/versions/v3/use")).status_code == 503
+        assert (await client.post("/v1/chat/completions", json=SUM)).json()["model"] == "v0"
     assert store.current_version() == "v0"
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 
 from app.api.errors import ApiError
-from app.api.schema import VersionUse
+from app.api.schema import VersionTrial, VersionUse
 from app.service import Service
 from feedback_store import InvalidRecord, Run, Version
+from serving.engines.base import UnknownVersion
 
 Limit = Annotated[int, Query(ge=1, le=200)]
 
@@ -30,7 +33,7 @@ def router(service: Service) -> APIRouter:
                 "changes": [asdict(change) for change in store.version_changes(changes)],
             }
 
-        return await service.call(look) | {"serving_here": service.router.current}
+        return await service.call(look) | {"serving_here": await service.router.status()}
 
     @routes.post("/versions/rollback", summary="Put the version back in service that served before this one")
     async def roll_back(body: VersionUse | None = None) -> dict[str, Any]:
@@ -40,11 +43,18 @@ def router(service: Service) -> APIRouter:
                 raise ApiError(409, "no version served before this one.", "nothing_to_roll_back")
             return last[0].previous
 
-        return await _use(service, await service.call(previous), (body or VersionUse()).reason or "rolled back")
+        return await _use(service, await service.call(previous), body or VersionUse(), "rolled back")
 
     @routes.post("/versions/{version_id}/use", summary="Put a published version in service, at each endpoint process")
     async def use(version_id: str, body: VersionUse | None = None) -> dict[str, Any]:
-        return await _use(service, version_id, (body or VersionUse()).reason or "chosen through the endpoint")
+        return await _use(service, version_id, body or VersionUse(), "chosen through the endpoint")
+
+    @routes.post("/versions/{version_id}/canary", summary="Try a version on a share of the owners; 0 ends the trial")
+    async def canary(version_id: str, body: VersionTrial) -> dict[str, Any]:
+        reason = body.reason or "tried through the endpoint"
+        with _not_published():
+            moved = await service.router.try_on(version_id, body.share, reason, body.move_conversations)
+        return {"object": "whetstone.canary", "version": version_id, "share": body.share, "conversations_moved": moved}
 
     @routes.get("/runs", summary="The runs of the online loop, newest first")
     async def runs(limit: Limit = 20) -> dict[str, Any]:
@@ -66,15 +76,26 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-async def _use(service: Service, version_id: str, reason: str) -> dict[str, Any]:
-    def swap() -> dict[str, Any]:
-        before = service.store.current_version()
-        service.store.set_current(version_id, reason)
-        return {"object": "whetstone.version_change", "version": version_id, "previous": before, "reason": reason}
+async def _use(service: Service, version_id: str, body: VersionUse, why: str) -> dict[str, Any]:
+    before = await service.call(service.store.current_version)
+    reason = body.reason or why
+    await service.call(service.store.version, version_id)
+    with _not_published():
+        moved = await service.router.use(version_id, reason, body.move_conversations)
+    return {
+        "object": "whetstone.version_change",
+        "version": version_id,
+        "previous": before,
+        "reason": reason,
+        "conversations_moved": moved,
+    }
 
+
+@contextmanager
+def _not_published() -> Iterator[None]:
     try:
-        return await service.call(swap)
-    except InvalidRecord as error:  # it isn't published
+        yield
+    except (InvalidRecord, UnknownVersion) as error:
         raise ApiError(409, str(error), "version_not_published") from None
 
 

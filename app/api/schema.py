@@ -143,8 +143,16 @@ class ConversationRequest(BaseModel):
 
 
 class VersionUse(BaseModel):
-    """The body of POST /v1/admin/versions/…, which may be left out: the reason, kept in the record."""
+    """The body of POST /v1/admin/versions/…, which may be left out: the reason, kept in the record, and whether the
+    conversations that stay on another version come along."""
 
     model_config = ConfigDict(extra="forbid")
 
     reason: Annotated[str, Field(max_length=1000)] = ""
+    move_conversations: bool = False
+
+
+class VersionTrial(VersionUse):
+    """The body of POST /v1/admin/versions/ID/canary: the share of owners whose new conversations begin on it."""
+
+    share: Annotated[float, Field(ge=0, le=1)]
