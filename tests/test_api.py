@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from langchain_core.tools import tool
 
 from app.api.app import create_app
 from app.service import Service
@@ -202,6 +203,23 @@ async def test_a_body_without_a_length_is_cut_off_too(world: World) -> None:
     )
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "too_large"
+
+
+async def test_a_clients_tool_may_not_bear_the_name_of_the_servers(base: BaseModel, store: Store) -> None:
+    @tool
+    def shout(text: str) -> str:
+        """Say it loudly."""
+        return text.upper()
+
+    service, _ = make_service(base, store, more=[shout])
+    transport = httpx.ASGITransport(create_app(service, Settings(home=Path())))
+    asked = {**HELLO, "tools": [{"type": "function", "function": {"name": "shout"}}]}
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
+        refused = await client.post("/v1/chat/completions", json=asked)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "tools"
+        alone = {**asked, "metadata": {"server_tools": "none"}}
+        assert (await client.post("/v1/chat/completions", json=alone)).status_code == 200
 
 
 async def test_unknown_routes_and_methods_are_in_shape(world: World) -> None:

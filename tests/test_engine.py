@@ -1,6 +1,7 @@
 """The engine's contract, on the real embedded engine, and its parity with the trainer's model."""
 
 import asyncio
+import itertools
 import json
 from contextlib import aclosing
 
@@ -172,7 +173,8 @@ async def test_a_grammar_holds_and_logprobs_stay_the_policys(base, engine):
     assert 3 <= made["n"] <= 9
     logprobs = torch.tensor([p for chunk in chunks for p in chunk.logprobs])
     free = trainer_logprobs(base.load("float32").eval(), ids, new)
-    assert (free - logprobs).abs().median() < MEDIAN_TOLERANCE
+    assert free.mean() < -4, "what the grammar made the policy would hardly have said"
+    assert (free - logprobs).abs().mean() < 0.5  # the less likely a token, the more the engine's rounding shows
 
 
 async def test_the_likeliest_tokens_come_with_each(base, engine):
@@ -182,4 +184,4 @@ async def test_the_likeliest_tokens_come_with_each(base, engine):
     tops = [top for chunk in chunks for top in chunk.top_logprobs]
     assert [top[0][0] for top in tops] == drawn, "greedy draws the likeliest"
     assert {len(top) for top in tops} == {5}
-    assert all(a[1] >= b[1] for top in tops for a, b in zip(top, top[1:], strict=False))
+    assert all(a[1] >= b[1] for top in tops for a, b in itertools.pairwise(top))
