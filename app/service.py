@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapp
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import anyio
 
@@ -21,6 +21,7 @@ from feedback_store import NotFound, Outcome, Store, StoreError
 from feedback_store.records import FinalStatus, Turn
 from online_rl import verifiers
 from serving.engines.base import EngineError, PromptTooLong, Sampling
+from serving.terms import Terms
 from serving.trajectory import AnswerText, Done, Event, StepDone, StopReason, Trajectory, calls_a_tool
 from tools.context import ToolContext
 
@@ -32,23 +33,33 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Message = dict[str, str]
+Message = dict[str, Any]
 
 _STATUS: dict[StopReason, FinalStatus] = {
     "answer": "done",
     "no_answer": "no_answer",
     "length": "length",
     "cancelled": "cancelled",
+    "tool_calls": "tool_calls",
 }
+
+
+def new_request_id() -> str:
+    return uuid.uuid4().hex
 
 
 class Overloaded(RuntimeError):
     """As many answers are in flight as may be. The message says so; the same request can be sent again later."""
 
 
+class ToolClash(ValueError):
+    """A client's tool has the name of one that runs here."""
+
+
 @dataclass(frozen=True)
 class Question:
-    """What is asked. `messages`: OpenAI's chat shape, text only, the whole context, ending with the user's.
+    """What is asked. `messages`: OpenAI's chat shape, text only, the whole context, ending with the user's or with
+    what a tool of the client's returned. `terms`: what else the client asks. `server_tools`: False for none of ours.
 
     `version`: a published version's id, which this answer alone is written with, or None for the one that the
     conversation stays on or, new, begins with. `verifier` and `gold` come together: the answer is
@@ -62,7 +73,9 @@ class Question:
     version: str | None = None
     verifier: str | None = None
     gold: str | None = None
-    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    terms: Terms = field(default_factory=Terms)
+    server_tools: bool = True
+    request_id: str = field(default_factory=new_request_id)
 
 
 @dataclass(frozen=True)
@@ -121,23 +134,31 @@ class Service:
     async def answer(self, question: Question) -> AsyncGenerator[ServiceEvent]:
         """`Started`, the agent's events but `Done`, then `Finished`. Closing the generator cancels the answer.
 
-        Raises Overloaded, UnknownVerifier, BadGold, PromptTooLong, UnknownVersion, NotFound (the conversation) before
-        `Started`; EngineError and StoreError at any time, after the turn has been closed as `error`.
+        Raises Overloaded, UnknownVerifier, BadGold, ToolClash, PromptTooLong, UnknownVersion, NotFound (the
+        conversation) before `Started`; EngineError and StoreError at any time, once the turn is closed as `error`.
         """
         if question.verifier is not None:
             await self.call(verifiers.check_gold, question.verifier, question.gold or "")
         async with _ShieldedExitStack() as stack:
             stack.enter_context(self._place())
-            allowed = self._agent.toolbox.names(self._key_tools.get(question.owner))
+            allowed = self._agent.toolbox.names(self._key_tools.get(question.owner) if question.server_tools else ())
+            if clash := set(allowed) & {tool.name for tool in question.terms.tools}:
+                raise ToolClash(
+                    f"{min(clash)!r} is a tool of the server's own: give yours another name, or turn the server's off "
+                    'with metadata {"server_tools": "none"}.'
+                )
             watch = stack.enter_context(self.metrics.answer(allowed))
-            prompt_ids = self._agent.render(question.messages, allowed)  # here: a tokenizer isn't for several threads
+            # Here: a tokenizer isn't for several threads
+            prompt_ids = self._agent.render(question.messages, allowed, question.terms)
             lease = self.router.lease(question.version, question.owner, question.conversation_id)
             version = await stack.enter_async_context(lease)
             started = await self._begin(question, version, prompt_ids)
             recording = _Recording(self.store, started.turn_id)
             stack.push_async_exit(recording.close)
             context = ToolContext(question.owner, started.conversation_id, started.turn_id)
-            events = self._agent.answer(question.messages, version, question.sampling, context=context, allowed=allowed)
+            events = self._agent.answer(
+                question.messages, version, question.sampling, None, context, allowed, question.terms
+            )
             stack.push_async_callback(events.aclose)
             watch.started(version, started.prompt_tokens)
             yield started
@@ -268,11 +289,13 @@ class Service:
         files = self.workspaces.files(turn.conversation_id) if self.workspaces is not None else []
         if any(file.modified_at < turn.created_at for file in files):
             return "the question came with files, which training doesn't have."
+        if any(message["role"] == "tool" for message in turn.messages):
+            return "the question rests on the client's own tools, which training doesn't have."
         return ""
 
     async def _verify(self, question: Question, started: Started, trajectory: Trajectory) -> Outcome | None:
-        if question.verifier is None or question.gold is None:
-            return None
+        if question.verifier is None or question.gold is None or trajectory.stop_reason == "tool_calls":
+            return None  # a call of the client's tool is no answer yet
         name, gold = question.verifier, question.gold
 
         def verify() -> Outcome:

@@ -8,8 +8,8 @@ from datetime import datetime
 from typing import Any, Literal, Protocol, TypedDict
 
 Message = dict[str, Any]
-TurnStatus = Literal["running", "done", "no_answer", "length", "cancelled", "error", "interrupted"]
-FinalStatus = Literal["done", "no_answer", "length", "cancelled", "error"]
+TurnStatus = Literal["running", "done", "no_answer", "length", "cancelled", "tool_calls", "error", "interrupted"]
+FinalStatus = Literal["done", "no_answer", "length", "cancelled", "tool_calls", "error"]
 OutcomeSource = Literal["verifier", "client", "person"]
 TaskState = Literal["pending", "claimed", "done", "dead"]
 ClaimState = Literal["claimed", "completed", "released", "expired"]

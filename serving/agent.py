@@ -5,26 +5,34 @@ Chat, endpoint, evaluation and training rollouts all run this. Tokens come from 
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from serving.dialects.base import Dialect, MalformedCall, Parsed, read_input
 from serving.engines.base import Engine, GenerateRequest, PromptTooLong, Sampling
+from serving.generation import Generation
+from serving.terms import ANY_OBJECT, Terms
+from serving.token_bytes import TokenBytes
 from serving.trajectory import (
     AnswerText,
+    ClientCall,
     Done,
     Event,
     Observation,
     Step,
     StepDone,
     StopReason,
+    Thinking,
     ToolCall,
     ToolResult,
     Trajectory,
 )
+from tools.arguments import BadArguments, check_against_schema
 from tools.context import NOBODY, ToolContext
 from tools.toolbox import Budget, Toolbox
 
@@ -32,6 +40,7 @@ CallTool = Callable[[str, str], Awaitable[Observation]]
 """`await call(tool, input)`: the input is a program, a query, or any other tool's arguments as JSON."""
 
 _ROOM_FOR_AN_ANSWER = 64  # tokens that a prompt must leave free
+_NO_TERMS = Terms()
 _CHARS_PER_TOKEN = 8  # more than English text has: only what is far too long is cut by characters
 
 
@@ -46,6 +55,10 @@ class Limits:
     answer_tokens: int = 1024
 
 
+class ToolsTooLong(PromptTooLong):
+    """The client's tools don't fit beside the conversation."""
+
+
 class Agent:
     """Several answers may be under way at once; an agent holds no state between them.
 
@@ -58,15 +71,32 @@ class Agent:
         self.dialect = dialect
         self.limits = limits or Limits()
         tokens = self.limits.observation_tokens
+        self._token_bytes = TokenBytes(dialect.tokenizer)
         self._fit = partial(dialect.fit, max_tokens=tokens)
         self.toolbox = toolbox.within(Budget(self.limits.tool_seconds, _CHARS_PER_TOKEN * tokens, self._fit))
 
-    def render(self, messages: Sequence[dict[str, str]], allowed: Collection[str] | None = None) -> list[int]:
-        """The prompt's ids, with the tools that are allowed (None: all). Raises PromptTooLong when it leaves no room
-        for an answer."""
-        ids = self.dialect.render(messages, self.toolbox.schemas(allowed))
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        allowed: Collection[str] | None = None,
+        terms: Terms = _NO_TERMS,
+    ) -> list[int]:
+        """The prompt's ids, with the tools that are allowed (None: all) and the client's own.
+
+        Raises PromptTooLong when it leaves no room for an answer, ToolsTooLong when the client's tools are why.
+        """
+        if terms.schema is not None:
+            messages = [*messages, {"role": "system", "content": _as_json(terms.schema)}]
+        server = self.toolbox.schemas(allowed)
+        ids = self.dialect.render(messages, [*server, *terms.tools])
         room = self.engine.context_length - _ROOM_FOR_AN_ANSWER
         if len(ids) > room:
+            without = len(self.dialect.render(messages, server)) if terms.tools else len(ids)
+            if without <= room:
+                raise ToolsTooLong(
+                    f"The {len(terms.tools)} tools take {len(ids) - without} tokens, and the conversation leaves "
+                    f"{room - without} of the {room} that the model reads. Bring fewer tools, or describe them shorter."
+                )
             raise PromptTooLong(
                 f"The conversation has {len(ids)} tokens; the model reads at most {room}. Shorten it or start anew."
             )
@@ -74,24 +104,25 @@ class Agent:
 
     async def answer(
         self,
-        messages: Sequence[dict[str, str]],
+        messages: Sequence[dict[str, Any]],
         version: str,
         sampling: Sampling | None = None,
         call: CallTool | None = None,
         context: ToolContext = NOBODY,
         allowed: Collection[str] | None = None,
+        terms: Terms = _NO_TERMS,
     ) -> AsyncGenerator[Event, None]:
         """Answer the conversation, as events. Closing the generator cancels, and aborts the engine's request.
 
         `call` replaces the running of tools (training replays results within a group); None runs them for real, for
         the owner and the conversation of `context`. `allowed` are the tools that the prompt lists and the policy may
-        use, None for all. `sampling.max_tokens` bounds each generation.
+        use, None for all. `sampling.max_tokens` bounds each generation. `terms`: what else the client asks.
         """
         sampling = sampling or Sampling()
         if allowed is None:
             allowed = self.toolbox.names()  # tools may come and go; an answer keeps to its prompt's
         run = call or partial(self.run_tool, context=context, allowed=allowed)
-        prompt_ids = self.render(messages, allowed)
+        prompt_ids = self.render(messages, allowed, terms)
         ids_so_far = list(prompt_ids)
         steps: list[Step] = []
         spent = 0  # own tokens so far
@@ -100,62 +131,112 @@ class Agent:
         for index in range(self.limits.max_turns + 1):
             last = index == self.limits.max_turns
             began = time.monotonic()
-            parser = self.dialect.parser()
-            ids: list[int] = []
-            logprobs: list[float] = []
-            reason = None
+            written = Generation(self.dialect, self._token_bytes, terms)
             drawn = replace(
                 sampling,
                 seed=None if sampling.seed is None else sampling.seed + index,
                 max_tokens=min(sampling.max_tokens, self.limits.answer_tokens - spent),
             )
-            request = GenerateRequest(ids_so_far, version, drawn, self.dialect.stops(last))
-            async with aclosing(self.engine.generate(request)) as chunks:  # type: ignore[type-var]
-                async for chunk in chunks:
-                    ids += chunk.token_ids
-                    logprobs += chunk.logprobs
-                    reason = chunk.finish_reason
-                    for event in parser.feed(chunk.token_ids):
-                        yield event
-            spent += len(ids)
-            parsed = parser.finish(stopped=reason == "stop", ended=reason == "eos")
+            request = GenerateRequest(ids_so_far, version, drawn, self.dialect.stops(last), terms.top_logprobs)
+            async with aclosing(self._write(written, request, terms, last)) as shown:
+                async for event in shown:
+                    yield event
+            spent += written.own_tokens
+            parsed = written.finish()
+            client_call = self._client_call(parsed, terms)
+            if isinstance(client_call, ClientCall):
+                steps.append(_step(index, parsed, written, version, began))
+                yield client_call
+                yield StepDone(steps[-1])
+                yield Done(Trajectory(prompt_ids, steps, "", "tool_calls", version, client_call))
+                return
             if last and parsed.action != "answer":
                 parsed = replace(parsed, action="invalid", input="", well_formed=False)  # tools are off: nothing ran
-            cut = reason == "length" and parser.answering
-            if parsed.unshown and (parsed.action == "answer" or last or cut):
-                yield AnswerText(parsed.unshown)
-            if parsed.action == "answer" or last or cut:
-                steps.append(_step(index, parsed, ids, logprobs, version, began))
+            if parsed.action == "answer" or last or written.cut or written.stopped:
+                for event in written.rest(parsed.unshown):
+                    yield event
+                if written.stopped:
+                    parsed = replace(parsed, action="answer", input=written.shown, well_formed=False)
+                steps.append(_step(index, parsed, written, version, began))
                 yield StepDone(steps[-1])
-                answer = parsed.input.strip() if parsed.action == "answer" else self.dialect.bare(parsed.text)
-                stop_reason = "answer" if parsed.action == "answer" else "length" if cut else "no_answer"
+                answered = parsed.action == "answer"
+                answer = parsed.input if answered else written.shown or terms.until_stop(self.dialect.bare(parsed.text))
+                answer = answer.strip()
+                stop_reason = "answer" if answered else "length" if written.cut else "no_answer"
                 break
             if parsed.action == "invalid":
-                told = parsed.problem or self.dialect.invalid(self.toolbox.schemas(allowed))
+                told = parsed.problem or self.dialect.invalid([*self.toolbox.schemas(allowed), *terms.tools])
                 observation = Observation("invalid", told, error=True)
+            elif client_call is not None:
+                observation = client_call
             else:
                 yield ToolCall(parsed.tool, parsed.tool_input)
                 observation = await run(parsed.tool, parsed.tool_input)
                 if call is not None:  # a record may have been made under another limit
                     observation = replace(observation, text=self._fit(observation.text))
                 yield ToolResult(observation)
-            room = self.engine.context_length - len(ids_so_far) - len(ids) - _ROOM_FOR_AN_ANSWER
+            room = self.engine.context_length - len(ids_so_far) - len(written.ids) - _ROOM_FOR_AN_ANSWER
             no_more = index + 1 == self.limits.max_turns
-            observed = self.dialect.encode_observation(observation.text, last=no_more, after=ids)
+            observed = self.dialect.encode_observation(observation.text, last=no_more, after=written.ids)
             full = len(observed) > room or spent >= self.limits.answer_tokens
             if full:
                 observed = []
-            steps.append(_step(index, parsed, ids, logprobs, version, began, observation, observed))
+            steps.append(_step(index, parsed, written, version, began, observation, observed))
             yield StepDone(steps[-1])
             if full:
                 answer, stop_reason = self.dialect.bare(parsed.text), "length"
                 break
-            ids_so_far = ids_so_far + ids + observed
+            ids_so_far = ids_so_far + written.ids + observed
         yield Done(Trajectory(prompt_ids, steps, answer, stop_reason, version))
+
+    async def _write(
+        self, written: Generation, request: GenerateRequest, terms: Terms, last: bool
+    ) -> AsyncGenerator[Thinking | AnswerText, None]:
+        """One generation. Where a grammar makes the answer, or a call, the policy is free until it begins to answer."""
+        forced = terms.forced
+        if forced is not None and (opening := self.dialect.around("answer")[0]):
+            request = replace(request, stop=(*request.stop, opening))
+        async with aclosing(self.engine.generate(request)) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
+                for event in written.feed(chunk):
+                    yield event
+                if written.stopped or written.committed:
+                    break
+        if forced is None or not written.begin_forced(forced[0], last):
+            return
+        left = request.sampling.max_tokens - len(written.ids)
+        if left < 1:
+            written.reason = "length"
+            return
+        request = replace(
+            request,
+            token_ids=request.token_ids + written.ids,
+            sampling=replace(request.sampling, max_tokens=left),
+            stop=(),
+            json_schema=forced[1],
+        )
+        async with aclosing(self.engine.generate(request)) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
+                for event in written.feed_forced(chunk):
+                    yield event
+                if written.stopped:
+                    break
+        written.end_forced()
+
+    def _client_call(self, parsed: Parsed, terms: Terms) -> ClientCall | Observation | None:
+        """The call of a client's tool, or what the policy is told of its arguments; None for anything else."""
+        tool = terms.tool(parsed.tool) if parsed.action == "call" else None
+        if tool is None:
+            return None
+        try:
+            check_against_schema(tool, json.loads(parsed.tool_input))
+        except BadArguments as error:
+            return Observation(tool.name, self._fit(str(error)), error=True)
+        return ClientCall(tool.name, parsed.tool_input)
 
     async def roll_out(
         self,
-        messages: Sequence[dict[str, str]],
+        messages: Sequence[dict[str, Any]],
         version: str,
         sampling: Sampling | None = None,
         call: CallTool | None = None,
@@ -183,11 +264,15 @@ class Agent:
         return Observation(name, outcome.text, outcome.error, outcome.artifact, outcome.seconds)
 
 
+def _as_json(schema: Mapping[str, Any]) -> str:
+    told = json.dumps(dict(schema), ensure_ascii=False, separators=(",", ":"))
+    return "Write the answer as a JSON object." if schema == ANY_OBJECT else f"Write the answer as JSON of: {told}"
+
+
 def _step(
     index: int,
     parsed: Parsed,
-    ids: list[int],
-    logprobs: list[float],
+    written: Generation,
     version: str,
     began: float,
     observation: Observation | None = None,
@@ -195,9 +280,9 @@ def _step(
 ) -> Step:
     return Step(
         index=index,
-        token_ids=[*ids, *observed],
-        logprobs=[*logprobs, *(0.0 for _ in observed)],
-        mask=[1] * len(ids) + [0] * len(observed),
+        token_ids=[*written.ids, *observed],
+        logprobs=[*written.logprobs, *(0.0 for _ in observed)],
+        mask=[*written.mask, *(0 for _ in observed)],
         version=version,
         text=parsed.text,
         action=parsed.action,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 ActionKind = Literal["code", "search", "call", "answer", "invalid"]
-StopReason = Literal["answer", "no_answer", "length", "cancelled"]
+StopReason = Literal["answer", "no_answer", "length", "cancelled", "tool_calls"]
 
 
 def calls_a_tool(action: str) -> bool:
@@ -30,8 +30,9 @@ class Step:
     """One generation, and the observation that followed it.
 
     `token_ids`, `logprobs` and `mask` are parallel: first the policy's own tokens (mask 1), then the observation's
-    (mask 0, logprob 0.0). `text` is the policy's own text; `action` and `input` are what it closed with: for a "call",
-    the JSON text that names the tool and its arguments.
+    (mask 0, logprob 0.0). Markup that was put around a text that a grammar made is masked 0 too. `text` is the
+    generation's; `action` and `input` are what it closed with: for a "call", the JSON text that names the tool and its
+    arguments.
     """
 
     index: int
@@ -58,6 +59,7 @@ class Trajectory:
     answer: str
     stop_reason: StopReason
     version: str
+    client_call: ClientCall | None = None  # what a client is to run, where the stop reason is "tool_calls"
 
     @property
     def completion_ids(self) -> list[int]:
@@ -91,7 +93,7 @@ class Trajectory:
 
 
 # Events, in the order in which they can come:
-# (Thinking* ToolCall ToolResult StepDone)* Thinking* AnswerText* StepDone Done
+# (Thinking* ToolCall ToolResult StepDone)* Thinking* (AnswerText* | ClientCall) StepDone Done
 
 
 @dataclass(frozen=True)
@@ -115,10 +117,28 @@ class ToolResult:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """A token's bytes, which may be part of a character, its logprob, and the likeliest tokens in its place."""
+
+    spelling: bytes
+    logprob: float
+    top: tuple[tuple[bytes, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class AnswerText:
-    """More text of the answer."""
+    """More text of the answer, with the tokens that it comes from where the client asked for them."""
 
     text: str
+    tokens: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class ClientCall:
+    """The policy calls a tool of the client's, with `arguments` as JSON: the answer ends, the client goes on."""
+
+    tool: str
+    arguments: str
 
 
 @dataclass(frozen=True)
@@ -133,4 +153,4 @@ class Done:
     trajectory: Trajectory
 
 
-Event = Thinking | ToolCall | ToolResult | AnswerText | StepDone | Done
+Event = Thinking | ToolCall | ToolResult | AnswerText | ClientCall | StepDone | Done

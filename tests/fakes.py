@@ -36,6 +36,7 @@ class ScriptedEngine:
         self.dies_after: int | None = None  # chunks
         self.aborted = 0
         self.chunks = 0
+        self.requests: list[GenerateRequest] = []
 
     @property
     def context_length(self) -> int:
@@ -46,6 +47,7 @@ class ScriptedEngine:
             raise EngineError("The engine has stopped: restart it with `whetstone up`.")
         if request.version not in self._loaded:
             raise UnknownVersion(f"Version {request.version!r} isn't loaded.")
+        self.requests.append(request)
         text = self.script(self._tokenizer.decode(request.token_ids))  # type: ignore[attr-defined]
         ids = self._tokenizer.encode(text, add_special_tokens=False)  # type: ignore[attr-defined]
         cut = ids[: request.sampling.max_tokens]
@@ -57,7 +59,9 @@ class ScriptedEngine:
                 await asyncio.sleep(self.delay)
                 part = cut[start : start + 3]
                 self.chunks += 1
-                yield TokenChunk(part, [-0.1] * len(part), request.version)
+                tops = [[(id_, -0.1), (0, -5.0)][: request.top_logprobs] for id_ in part]
+                told = None if request.top_logprobs is None else tops
+                yield TokenChunk(part, [-0.1] * len(part), request.version, None, told)
             finished = True
             stopped = any(text.endswith(tag) for tag in request.stop)
             reason = "length" if len(cut) < len(ids) else "stop" if stopped else "eos"

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from langchain_core.tools import tool
 
 from app.api.app import create_app
 from app.service import Service
@@ -128,18 +129,12 @@ BAD: list[tuple[str, dict[str, Any], int, str | None, str | None]] = [
     ("an empty message", {"messages": [{"role": "user", "content": "  "}]}, 400, "empty_message", "messages"),
     ("the last one not the user's", {"messages": [{"role": "assistant", "content": "x"}]}, 400, None, "messages"),
     ("a picture", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, None, None),
-    ("a tool's message", {"messages": [{"role": "tool", "content": "x"}]}, 400, None, "messages.0.role"),
-    ("tools", {"tools": [{"type": "function"}]}, 400, "unsupported_parameter", "tools"),
-    ("two answers", {"n": 2}, 400, "unsupported_parameter", "n"),
-    ("logprobs", {"logprobs": True}, 400, "unsupported_parameter", "logprobs"),
-    (
-        "a response format",
-        {"response_format": {"type": "json_object"}},
-        400,
-        "unsupported_parameter",
-        "response_format",
-    ),
-    ("a stop string", {"stop": ["x"]}, 400, "unsupported_parameter", "stop"),
+    ("nine answers", {"n": 9}, 400, "invalid_value", "n"),
+    ("a conversation that forks", {"n": 2, "metadata": {"conversation_id": "c"}}, 400, "invalid_value", "n"),
+    ("an empty stop string", {"stop": ["x", ""]}, 400, "invalid_value", "stop"),
+    ("five stop strings", {"stop": list("abcde")}, 400, "invalid_value", "stop"),
+    ("alternatives without logprobs", {"top_logprobs": 2}, 400, "invalid_value", "top_logprobs"),
+    ("too many alternatives", {"logprobs": True, "top_logprobs": 21}, 400, "invalid_value", "top_logprobs"),
     ("a penalty", {"frequency_penalty": 0.5}, 400, "unsupported_parameter", "frequency_penalty"),
     ("a parameter nobody has", {"best_of": 3}, 400, "unsupported_parameter", "best_of"),
     ("a hot temperature", {"temperature": 9}, 400, "invalid_value", "temperature"),
@@ -175,6 +170,7 @@ async def test_bad_input_is_refused_in_openais_shape(
 
 async def test_what_changes_nothing_is_accepted(world: World) -> None:
     harmless = {"user": "u", "store": True, "n": 1, "stop": None, "tools": [], "logprobs": False, "presence_penalty": 0}
+    harmless |= {"stop": [], "tool_choice": "none", "response_format": {"type": "text"}, "seed": -(2**70)}
     response = await world.chat(HELLO, **harmless, metadata={"tag": "mine"})
     assert response.status_code == 200, response.text
 
@@ -209,6 +205,23 @@ async def test_a_body_without_a_length_is_cut_off_too(world: World) -> None:
     )
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "too_large"
+
+
+async def test_a_clients_tool_may_not_bear_the_name_of_the_servers(base: BaseModel, store: Store) -> None:
+    @tool
+    def shout(text: str) -> str:
+        """Say it loudly."""
+        return text.upper()
+
+    service, _ = make_service(base, store, more=[shout])
+    transport = httpx.ASGITransport(create_app(service, Settings(home=Path())))
+    asked = {**HELLO, "tools": [{"type": "function", "function": {"name": "shout"}}]}
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
+        refused = await client.post("/v1/chat/completions", json=asked)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "tools"
+        alone = {**asked, "metadata": {"server_tools": "none"}}
+        assert (await client.post("/v1/chat/completions", json=alone)).status_code == 200
 
 
 async def test_unknown_routes_and_methods_are_in_shape(world: World) -> None:

@@ -92,7 +92,7 @@ async def test_errors_are_the_clients_own_exceptions(served: Served) -> None:
         await create(model="whetstone", messages=[{"role": "user", "content": "word " * 5000}])
     assert long.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError) as tools:
-        await create(model="whetstone", messages=SUM, n=2)
+        await create(model="whetstone", messages=SUM, n=9)
     assert tools.value.param == "n"
     served.engine.dead = True
     with pytest.raises(openai.InternalServerError) as dead:

@@ -1,6 +1,8 @@
 """The engine's contract, on the real embedded engine, and its parity with the trainer's model."""
 
 import asyncio
+import itertools
+import json
 from contextlib import aclosing
 
 import pytest
@@ -152,3 +154,34 @@ async def test_a_corrupt_or_foreign_adapter_is_refused(base, adapter, engine, tm
     assert (await collect(engine, GenerateRequest(prompt(base, "Hi"), "base", Sampling(0.0, max_tokens=3))))[0]
     with pytest.raises(CorruptVersion, match="another-base"):
         read_version(adapter[0], "another-base")
+
+
+async def test_a_grammar_holds_and_logprobs_stay_the_policys(base, engine):
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "minimum": 3, "maximum": 9}, "ok": {"type": "boolean"}},
+        "required": ["n", "ok"],
+        "additionalProperties": False,
+    }
+    ids = prompt(base, "Write a poem.")
+    request = GenerateRequest(ids, "base", Sampling(1.0, max_tokens=60, seed=1), (), 3, schema)
+    chunks = [chunk async for chunk in engine.generate(request)]
+    new = [i for chunk in chunks for i in chunk.token_ids]
+    assert chunks[-1].finish_reason == "eos"
+    made = json.loads(base.tokenizer.decode(new, skip_special_tokens=True))
+    assert made.keys() == {"n", "ok"}
+    assert 3 <= made["n"] <= 9
+    logprobs = torch.tensor([p for chunk in chunks for p in chunk.logprobs])
+    free = trainer_logprobs(base.load("float32").eval(), ids, new)
+    assert free.mean() < -4, "what the grammar made the policy would hardly have said"
+    assert (free - logprobs).abs().mean() < 0.5  # the less likely a token, the more the engine's rounding shows
+
+
+async def test_the_likeliest_tokens_come_with_each(base, engine):
+    request = GenerateRequest(prompt(base, "Hi"), "base", Sampling(0.0, max_tokens=6), (), 5)
+    chunks = [chunk async for chunk in engine.generate(request)]
+    drawn = [i for chunk in chunks for i in chunk.token_ids]
+    tops = [top for chunk in chunks for top in chunk.top_logprobs]
+    assert [top[0][0] for top in tops] == drawn, "greedy draws the likeliest"
+    assert {len(top) for top in tops} == {5}
+    assert all(a[1] >= b[1] for top in tops for a, b in itertools.pairwise(top))

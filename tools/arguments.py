@@ -66,23 +66,29 @@ def checked(tool: BaseTool, schema: ToolSchema, arguments: str | Mapping[str, An
         required = list(schema.parameters.get("required", ()))
         single = names if len(names) == 1 else required if len(required) == 1 else []
         if not single:
-            raise _wrong(tool, names, [f"it takes {len(names)} arguments, by name"])
+            raise _wrong(tool.name, names, [f"it takes {len(names)} arguments, by name"])
         arguments = {single[0]: arguments}
     given = dict(arguments)
     problems = (
         _model_problems(tool, given) if not isinstance(tool.args_schema, dict) else _schema_problems(schema, given)
     )
     if problems:
-        raise _wrong(tool, names, problems)
+        raise _wrong(tool.name, names, problems)
     return given
 
 
-def _wrong(tool: BaseTool, names: list[str], problems: list[str]) -> BadArguments:
+def check_against_schema(schema: ToolSchema, given: dict[str, Any]) -> None:
+    """Arguments of a tool that runs elsewhere. Raises BadArguments."""
+    if problems := _schema_problems(schema, given):
+        raise _wrong(schema.name, list(schema.parameters.get("properties", {})), problems)
+
+
+def _wrong(tool: str, names: list[str], problems: list[str]) -> BadArguments:
     takes = f"It takes: {', '.join(names)}." if names else "It takes no arguments."
     told = "; ".join(problems)
     if len(told) > _LONGEST_PROBLEM:
         told = told[: _LONGEST_PROBLEM - 4] + " ..."
-    return BadArguments(f"Wrong arguments for {tool.name}: {told}. {takes[:_LONGEST_PROBLEM]}")
+    return BadArguments(f"Wrong arguments for {tool}: {told}. {takes[:_LONGEST_PROBLEM]}")
 
 
 def _model_problems(tool: BaseTool, given: dict[str, Any]) -> list[str]:

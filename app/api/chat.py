@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -12,12 +13,16 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Send
 
-from app.api import wire
+from app.api import choices, wire
+from app.api.asked import to_messages, to_terms
 from app.api.errors import ApiError, as_api_error
 from app.api.schema import ChatRequest
 from app.service import Finished, Question, Service, ServiceEvent, Started
 from app.settings import Settings
 from serving.engines.base import Sampling
+
+Events = AsyncGenerator[tuple[int, ServiceEvent]]
+_SEEDS = 2**31  # an engine's seeds are 32 bits wide; a client's may be any number
 
 
 class EventStream(StreamingResponse):
@@ -36,11 +41,13 @@ def router(service: Service, settings: Settings) -> APIRouter:
     @routes.post("/chat/completions", summary="Answer a conversation")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         question = replace(to_question(body, request.state.owner, settings), request_id=request.state.request_id)
-        answer = service.answer(question)
+        answers = [service.answer(each) for each in choices.questions(question, body.n or 1)]
+        started = await choices.begin(answers)
+        events = choices.together(answers)
         if body.stream:
             include_usage = bool(body.stream_options and body.stream_options.include_usage)
-            return await _stream(answer, include_usage)
-        return await _whole(answer, request)
+            return await _stream(events, started, include_usage)
+        return await _whole(events, started, request, bool(body.logprobs))
 
     @routes.get("/models", summary="The version in service, then the others that can be asked for")
     async def models() -> dict[str, Any]:
@@ -63,70 +70,77 @@ def to_question(body: ChatRequest, owner: str, settings: Settings) -> Question:
     if refused := body.unsupported():
         param, message = refused
         raise ApiError(400, message, "unsupported_parameter", param)
-    messages = [given.as_text() for given in body.messages]
-    if messages[-1]["role"] != "user":
-        raise ApiError(400, "messages: the last one must be the user's.", "invalid_value", "messages")
-    for index, said in enumerate(messages):
-        if said["role"] == "user" and not said["content"].strip():
-            raise ApiError(400, f"messages.{index}: the message is empty.", "empty_message", "messages")
     metadata = body.metadata
+    if (body.n or 1) > 1 and metadata and metadata.conversation_id:
+        raise ApiError(
+            400,
+            "n: a conversation goes on with one answer. Leave metadata.conversation_id out, or send n = 1.",
+            "invalid_value",
+            "n",
+        )
     asked = body.max_completion_tokens or body.max_tokens or settings.max_tokens
     return Question(
         owner=owner,
-        messages=messages,
+        messages=to_messages(body.messages),
         sampling=Sampling(
             temperature=settings.temperature if body.temperature is None else body.temperature,
             top_p=settings.top_p if body.top_p is None else body.top_p,
             max_tokens=min(asked, settings.max_tokens),
-            seed=body.seed,
+            seed=None if body.seed is None else body.seed % _SEEDS,
         ),
         conversation_id=metadata.conversation_id if metadata else None,
         version=None if body.model == settings.model_name else body.model,
         verifier=metadata.verifier if metadata else None,
         gold=metadata.gold if metadata else None,
+        terms=to_terms(body),
+        server_tools=metadata is None or metadata.server_tools == "all",
     )
 
 
-async def _whole(answer: AsyncGenerator[ServiceEvent], request: Request) -> Response:
-    async with aclosing(answer):
-        async for event in answer:
-            if isinstance(event, Finished):
-                return JSONResponse(
-                    wire.completion(event).model_dump(exclude_unset=True), headers=_headers(event.started)
-                )
+async def _whole(events: Events, started: Sequence[Started], request: Request, logprobs: bool) -> Response:
+    answers = [wire.Answered(logprobs) for _ in started]
+    async with aclosing(events):
+        async for index, event in events:
+            answers[index].feed(event)
             if await request.is_disconnected():
-                return Response(status_code=499)  # nobody reads it; the turn is closed as cancelled
-    raise AssertionError("an answer ends with Finished or an error")
+                return Response(status_code=499)  # nobody reads it; the turns are closed as cancelled
+    return JSONResponse(wire.completion(answers).model_dump(exclude_unset=True), headers=_headers(started[0]))
 
 
-async def _stream(answer: AsyncGenerator[ServiceEvent], include_usage: bool) -> Response:
+async def _stream(events: Events, started: Sequence[Started], include_usage: bool) -> Response:
     # An error before the first token still has a status of its own, so wait for that token before saying 200.
-    started = await anext(answer)
-    assert isinstance(started, Started)
-    first = await anext(answer)
+    first = await anext(events)
     return EventStream(
-        _events(answer, started, first, include_usage),
-        headers=_headers(started) | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        _events(events, started, first, include_usage),
+        headers=_headers(started[0]) | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
     )
 
 
 async def _events(
-    answer: AsyncGenerator[ServiceEvent], started: Started, first: ServiceEvent, include_usage: bool
+    events: Events,
+    started: Sequence[Started],
+    first: tuple[int, ServiceEvent],
+    include_usage: bool,
 ) -> AsyncGenerator[str]:
-    chunks = wire.Chunks(started)
-    async with aclosing(answer):
+    made = int(time.time())
+    answers = [wire.Chunks(one, index, started[0], made) for index, one in enumerate(started)]
+    finished: list[Finished] = []
+    async with aclosing(events):
         try:
-            yield _data(chunks.first().model_dump_json(exclude_unset=True))
-            event: ServiceEvent | None = first
-            while event is not None:
+            for chunks in answers:
+                yield _data(chunks.first().model_dump_json(exclude_unset=True))
+            step: tuple[int, ServiceEvent] | None = first
+            while step is not None:
+                index, event = step
                 if isinstance(event, Finished):
-                    for chunk in chunks.last(event):
+                    finished.append(event)
+                    for chunk in answers[index].last(event):
                         yield _data(chunk.model_dump_json(exclude_unset=True))
-                    if include_usage:
-                        yield _data(chunks.usage(event).model_dump_json(exclude_unset=True))
-                elif not isinstance(event, Started) and (more := chunks.event(event)) is not None:
+                elif not isinstance(event, Started) and (more := answers[index].event(event)) is not None:
                     yield _data(more.model_dump_json(exclude_unset=True))
-                event = await anext(answer, None)
+                step = await anext(events, None)
+            if include_usage:
+                yield _data(answers[0].usage(finished).model_dump_json(exclude_unset=True))
         except Exception as error:
             yield _data(json.dumps(as_api_error(error).body))
             return

@@ -10,9 +10,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from app.service import Overloaded
+from app.service import Overloaded, ToolClash
 from feedback_store import NotFound, StoreError
 from online_rl.verifiers import BadGold, UnknownVerifier
+from serving.agent import ToolsTooLong
 from serving.engines.base import EngineError, PromptTooLong, UnknownVersion
 from serving.manifest import CorruptVersion
 from tools.workspace import BadName, FileMissing, WorkspaceError, WorkspaceFull
@@ -61,6 +62,10 @@ def as_api_error(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
+        case ToolClash():
+            return ApiError(400, str(error), "invalid_value", "tools")
+        case ToolsTooLong():
+            return ApiError(400, str(error), "context_length_exceeded", "tools")
         case PromptTooLong():
             return ApiError(400, str(error), "context_length_exceeded", "messages")
         case UnknownVersion():
@@ -109,6 +114,7 @@ def install(app: FastAPI) -> None:
         BadGold,
         CorruptVersion,
         Overloaded,
+        ToolClash,
         WorkspaceError,
         Exception,
     ):
@@ -120,7 +126,7 @@ def _from_validation(error: RequestValidationError) -> ApiError:
     if first["type"] == "json_invalid":
         position = first["loc"][-1]
         return ApiError(400, f"the body isn't JSON: {first['ctx']['error']} at character {position}.", "invalid_json")
-    path = [str(part) for part in first["loc"] if part != "body"]
+    path = _path(first["loc"][1:], error.body, first["type"] == "missing")
     param = ".".join(path) or None
     message = first["msg"].removeprefix("Value error, ")
     if param is None and first["type"] == "value_error":
@@ -128,3 +134,15 @@ def _from_validation(error: RequestValidationError) -> ApiError:
     if param is None:  # no JSON at all, or JSON that isn't an object
         return ApiError(400, "the body must be a JSON object (Content-Type: application/json).", "invalid_body")
     return ApiError(400, f"{param}: {message}", "missing" if first["type"] == "missing" else "invalid_value", param)
+
+
+def _path(loc: tuple[str | int, ...], body: Any, missing: bool) -> list[str]:
+    """Where in the body an error lies: `loc` names the branches of unions too, which the client never wrote."""
+    path, at = [], body
+    for position, part in enumerate(loc):
+        known = (isinstance(at, dict) and part in at) or (isinstance(at, list) and isinstance(part, int))
+        if known:
+            at = at[part]
+        if known or (missing and position == len(loc) - 1):
+            path.append(str(part))
+    return path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 # What clients send beside the question, and what changes nothing in an answer.
 HARMLESS = frozenset(
@@ -15,27 +15,17 @@ HARMLESS = frozenset(
 )  # fmt: skip
 # Parameters that are accepted only with the value that means "as usual".
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "tools": ([],),
     "functions": ([],),
-    "tool_choice": ("none",),
     "function_call": ("none",),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "stop": ([],),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "logit_bias": ({},),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
 }
 REASONS = {
-    "n": "one answer a request",
-    "tools": "Whetstone runs its own tools (Python and search) and takes none from the client",
-    "functions": "Whetstone runs its own tools (Python and search) and takes none from the client",
-    "response_format": "answers are text",
+    "functions": "it has given way to tools",
+    "function_call": "it has given way to tool_choice",
     "modalities": "answers are text",
-    "stop": "an answer ends where the policy ends it; bound it with max_tokens",
 }
 
 
@@ -44,20 +34,101 @@ class TextPart(BaseModel):
     text: str
 
 
+class FunctionCallIn(BaseModel):
+    name: str
+    arguments: str
+
+
+class ToolCallIn(BaseModel):
+    id: Annotated[str, Field(min_length=1)]
+    type: Literal["function"] = "function"
+    function: FunctionCallIn
+
+
 class MessageIn(BaseModel):
     model_config = ConfigDict(extra="ignore")  # `name` and what earlier answers carried change nothing
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    tool_calls: list[ToolCallIn] | None = None
+    tool_call_id: str | None = None
 
-    def as_text(self) -> dict[str, str]:
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # JSON can hold half a character
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+    @model_validator(mode="after")
+    def _as_its_role(self) -> MessageIn:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("only a message of the assistant's has tool_calls")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("the content is missing")
+        return self
+
+    def as_message(self) -> dict[str, Any]:
+        given = self.content or ""
+        text = _sound(given if isinstance(given, str) else "".join(part.text for part in given))
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {
+                    "id": _sound(call.id),
+                    "type": "function",
+                    "function": {"name": call.function.name, "arguments": _sound(call.function.arguments)},
+                }
+                for call in self.tool_calls
+            ]
+        if self.role == "tool":
+            message["tool_call_id"] = _sound(self.tool_call_id or "")
+        return message
+
+
+def _sound(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # JSON can hold half a character
+
+
+class FunctionIn(BaseModel):
+    """`strict` changes nothing: arguments are always held against the schema."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolIn(BaseModel):
+    type: Literal["function"]
+    function: FunctionIn
+
+
+class FunctionName(BaseModel):
+    name: str
+
+
+class NamedChoice(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class JsonSchema(BaseModel):
+    """An answer is always held to the schema, whatever `strict` says."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class PlainFormat(BaseModel):
+    type: Literal["text", "json_object"]
+
+
+class JsonSchemaFormat(BaseModel):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
 
 
 class Metadata(BaseModel):
-    """`verifier` and `gold` judge the answer at once; `conversation_id` adds the turn to that conversation.
+    """`verifier` and `gold` judge the answer at once; `conversation_id` adds the turn to that conversation;
+    `server_tools` "none" leaves the policy with the client's tools only.
 
     Other keys are the client's own and are let be, as with OpenAI.
     """
@@ -67,6 +138,7 @@ class Metadata(BaseModel):
     verifier: str | None = None
     gold: str | None = None
     conversation_id: str | None = None
+    server_tools: Literal["all", "none"] = "all"
 
     @model_validator(mode="after")
     def _together(self) -> Metadata:
@@ -82,8 +154,15 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+def _stops(given: str | list[str]) -> list[str]:
+    stops = [given] if isinstance(given, str) else given
+    if len(stops) > 4 or not all(0 < len(stop) <= 256 for stop in stops):
+        raise ValueError("at most 4 strings of 1 to 256 characters")
+    return [_sound(stop) for stop in stops]
+
+
 class ChatRequest(BaseModel):
-    """The body of POST /v1/chat/completions."""
+    """The body of POST /v1/chat/completions. A step calls one tool at most, whatever `parallel_tool_calls` says."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -96,6 +175,13 @@ class ChatRequest(BaseModel):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     seed: int | None = None
+    n: Annotated[int, Field(ge=1, le=8)] | None = None
+    stop: Annotated[str | list[str], AfterValidator(_stops)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: Annotated[PlainFormat | JsonSchemaFormat, Field(discriminator="type")] | None = None
+    tools: list[ToolIn] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     metadata: Metadata | None = None
 
     def unsupported(self) -> tuple[str, str] | None:

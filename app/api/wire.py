@@ -6,6 +6,7 @@ The field is what other clients ignore: the version, the ids to send feedback wi
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,56 +14,86 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from app.artifacts import Left, file_path, files_of, image_path, images_of
 from app.citations import sources_of
-from app.service import Finished, Started
+from app.service import Finished, ServiceEvent, Started
 from feedback_store import Outcome
 from serving.trajectory import (
     AnswerText,
+    ClientCall,
     Event,
     Observation,
     Step,
     StepDone,
     Thinking,
+    TokenLogprob,
     ToolCall,
     ToolResult,
 )
 
-_FINISH = {"answer": "stop", "no_answer": "stop", "length": "length", "cancelled": "stop"}
+_FINISH = {"answer": "stop", "no_answer": "stop", "length": "length", "cancelled": "stop", "tool_calls": "tool_calls"}
 
 
-def completion(finished: Finished) -> ChatCompletion:
-    """The whole answer. Its `model` is the version that wrote it."""
-    trajectory = finished.trajectory
+class Answered:
+    """One answer of a request that isn't streamed: what its events leave behind."""
+
+    def __init__(self, logprobs: bool) -> None:
+        self._logprobs: list[dict[str, Any]] | None = [] if logprobs else None
+        self.finished: Finished | None = None
+
+    def feed(self, event: ServiceEvent) -> None:
+        if isinstance(event, Finished):
+            self.finished = event
+        elif isinstance(event, AnswerText) and self._logprobs is not None:
+            self._logprobs += [token_logprob(token) for token in event.tokens]
+
+    def choice(self, index: int) -> dict[str, Any]:
+        assert self.finished is not None, "an answer ends with Finished or an error"
+        trajectory = self.finished.trajectory
+        called = trajectory.client_call
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": None if called else trajectory.answer,
+            "refusal": None,
+            "annotations": url_citations(self.finished),
+        }
+        if called:
+            message["tool_calls"] = [tool_call(self.finished.started, called)]
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": None if self._logprobs is None else {"content": self._logprobs, "refusal": None},
+            "finish_reason": _FINISH[trajectory.stop_reason],
+        }
+
+
+def completion(answers: Sequence[Answered]) -> ChatCompletion:
+    """The whole answers. `model` is the version that wrote the first; several tell each their own ids."""
+    finished = [answer.finished for answer in answers if answer.finished is not None]
+    told = [_ids(one.started) | summary(one) for one in finished]
+    made = [answer.choice(index) for index, answer in enumerate(answers)]
     return ChatCompletion.model_validate(
         {
-            "id": completion_id(finished.started),
+            "id": completion_id(finished[0].started),
             "object": "chat.completion",
             "created": int(time.time()),
-            "model": finished.started.version,
-            "choices": [
-                {
-                    "index": 0,
-                    "message": {
-                        "role": "assistant",
-                        "content": trajectory.answer,
-                        "refusal": None,
-                        "annotations": url_citations(finished),
-                    },
-                    "logprobs": None,
-                    "finish_reason": _FINISH[trajectory.stop_reason],
-                }
-            ],
+            "model": finished[0].started.version,
+            "choices": [c | {"whetstone": w} for c, w in zip(made, told, strict=True)] if len(made) > 1 else made,
             "usage": usage(finished),
-            "whetstone": _ids(finished.started) | summary(finished),
+            "whetstone": told[0],
         }
     )
 
 
 class Chunks:
-    """The chunks of one streamed answer, in order: `first`, one for each event, `last`, and `usage` if asked for."""
+    """The chunks of one streamed answer, in order: `first`, one for each event, `last`, and `usage` if asked for.
 
-    def __init__(self, started: Started) -> None:
+    `index` counts the answers of a request, whose chunks all bear the id of the `leading` one.
+    """
+
+    def __init__(self, started: Started, index: int, leading: Started, created: int) -> None:
         self._started = started
-        self._created = int(time.time())
+        self._index = index
+        self._leading = leading
+        self._created = created
         self._answered = False
 
     def first(self) -> ChatCompletionChunk:
@@ -70,15 +101,17 @@ class Chunks:
 
     def event(self, event: Event) -> ChatCompletionChunk | None:
         match event:
-            case AnswerText(text):
+            case AnswerText(text, tokens):
                 self._answered = self._answered or bool(text.strip())
-                return self._chunk({"content": text})
+                return self._chunk({"content": text}, tokens=tokens)
             case Thinking(text):
                 return self._chunk({"reasoning_content": text})
             case ToolCall(tool, text):
                 return self._chunk({}, whetstone={"event": "tool_call", "tool": tool, "input": text})
             case ToolResult(observation):
                 return self._chunk({}, whetstone={"event": "tool_result"} | _observation(observation))
+            case ClientCall():
+                return self._chunk({"tool_calls": [{"index": 0} | tool_call(self._started, event)]})
             case StepDone(step):
                 return self._chunk({}, whetstone={"event": "step", "index": step.index, "action": step.action})
         return None
@@ -92,19 +125,25 @@ class Chunks:
             return [self._chunk({"content": trajectory.answer}), end]
         return [end]
 
-    def usage(self, finished: Finished) -> ChatCompletionChunk:
+    def usage(self, finished: Sequence[Finished]) -> ChatCompletionChunk:
         return self._build([], usage=usage(finished))
 
     def _chunk(
-        self, delta: dict[str, Any], finish_reason: str | None = None, whetstone: dict[str, Any] | None = None
+        self,
+        delta: dict[str, Any],
+        finish_reason: str | None = None,
+        whetstone: dict[str, Any] | None = None,
+        tokens: Sequence[TokenLogprob] = (),
     ) -> ChatCompletionChunk:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+        choice: dict[str, Any] = {"index": self._index, "delta": delta, "finish_reason": finish_reason}
+        if tokens:
+            choice["logprobs"] = {"content": [token_logprob(token) for token in tokens], "refusal": None}
         return self._build([choice], **({"whetstone": whetstone} if whetstone else {}))
 
     def _build(self, choices: list[dict[str, Any]], **extra: Any) -> ChatCompletionChunk:
         return ChatCompletionChunk.model_validate(
             {
-                "id": completion_id(self._started),
+                "id": completion_id(self._leading),
                 "object": "chat.completion.chunk",
                 "created": self._created,
                 "model": self._started.version,
@@ -114,13 +153,33 @@ class Chunks:
         )
 
 
+def token_logprob(token: TokenLogprob) -> dict[str, Any]:
+    """In OpenAI's shape. A token that holds part of a character shows a replacement, and its bytes are exact."""
+    top = [_spelt(spelling, logprob) for spelling, logprob in token.top]
+    return _spelt(token.spelling, token.logprob) | {"top_logprobs": top}
+
+
+def _spelt(spelling: bytes, logprob: float) -> dict[str, Any]:
+    least = max(logprob, -9999.0)  # as OpenAI writes what is next to impossible; JSON has no infinity
+    return {"token": spelling.decode(errors="replace"), "bytes": list(spelling), "logprob": least}
+
+
+def tool_call(started: Started, call: ClientCall) -> dict[str, Any]:
+    return {
+        "id": f"call_{started.turn_id.removeprefix('turn_')}",
+        "type": "function",
+        "function": {"name": call.tool, "arguments": call.arguments},
+    }
+
+
 def completion_id(started: Started) -> str:
     return f"chatcmpl-{started.turn_id}"
 
 
-def usage(finished: Finished) -> dict[str, int]:
-    """Tokens of the prompt, and tokens that the policy wrote. What tools returned is in `whetstone` only."""
-    prompt, own = finished.started.prompt_tokens, finished.trajectory.own_tokens
+def usage(finished: Sequence[Finished]) -> dict[str, int]:
+    """Tokens of the prompt, which is one, and tokens that the policy wrote. What tools returned is in `whetstone`."""
+    prompt = finished[0].started.prompt_tokens
+    own = sum(one.trajectory.own_tokens for one in finished)
     return {"prompt_tokens": prompt, "completion_tokens": own, "total_tokens": prompt + own}
 
 

@@ -72,7 +72,9 @@ def _show(finished: Finished, as_json: bool) -> None:
     if as_json:
         from app.api import wire
 
-        console.print_json(wire.completion(finished).model_dump(exclude_unset=True))
+        answered = wire.Answered(logprobs=False)
+        answered.feed(finished)
+        console.print_json(wire.completion([answered]).model_dump(exclude_unset=True))
         return
     console.out.print(escape(finished.trajectory.answer) or "[dim]The model gave no answer.[/]")
     for source in sources_of(finished.trajectory):

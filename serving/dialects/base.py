@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from serving.trajectory import ActionKind, AnswerText, Thinking
 from tools.arguments import ToolSchema
@@ -46,6 +46,11 @@ class Parser(Protocol):
         """Whether part of an answer has been shown."""
         ...
 
+    @property
+    def answer_start(self) -> int | None:
+        """Where in the generation's text the answer begins, once it can be told."""
+        ...
+
     def feed(self, token_ids: Sequence[int]) -> list[Thinking | AnswerText]:
         """The thinking and the answer, as they grow."""
         ...
@@ -61,8 +66,11 @@ class Dialect(Protocol):
     name: str
     tokenizer: Any
 
-    def render(self, messages: Sequence[dict[str, str]], tools: Sequence[ToolSchema]) -> list[int]:
-        """The prompt's token ids, up to where the policy goes on. What follows is only ever appended to them."""
+    def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[ToolSchema]) -> list[int]:
+        """The prompt's token ids, up to where the policy goes on. What follows is only ever appended to them.
+
+        Messages in OpenAI's shape, with calls of the client's tools and what these returned.
+        """
         ...
 
     def stops(self, last: bool = False) -> tuple[str, ...]:
@@ -70,6 +78,14 @@ class Dialect(Protocol):
         ...
 
     def parser(self) -> Parser: ...
+
+    def around(self, action: Literal["answer", "call"]) -> tuple[str, str]:
+        """The markup that opens an action and that closes it; a call's JSON stands between them."""
+        ...
+
+    def encode_markup(self, text: str) -> list[int]:
+        """The ids of the dialect's own markup: of no text that comes from elsewhere."""
+        ...
 
     def fit(self, text: str, max_tokens: int) -> str:
         """`text`, or the beginning of it that has `max_tokens` tokens, and a mark. What fits once, fits again."""

@@ -11,9 +11,10 @@ What a tool returned has the dialect's tags made harmless besides.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from serving.dialects.base import BARE, LAST, MalformedCall, Parsed, cut_to_tokens, read_call, write_call
 from serving.dialects.plain import PlainEncoder
@@ -99,11 +100,11 @@ class NativeDialect:
         begun = re.search(r"<think>\s*\Z", header)  # some templates begin the thought
         self._begun = begun[0] if begun else ""
 
-    def render(self, messages: Sequence[dict[str, str]], tools: Iterable[ToolSchema] = ()) -> list[int]:
+    def render(self, messages: Sequence[dict[str, Any]], tools: Iterable[ToolSchema] = ()) -> list[int]:
         """Earlier answers are shown as answers, without their steps; system messages follow the product's own line."""
         system = "\n".join([_SYSTEM, *(m["content"] for m in messages if m["role"] in ("system", "developer"))])
         turns = [{"role": "system", "content": system}]
-        turns += [dict(m) for m in messages if m["role"] in ("user", "assistant")]
+        turns += [self._turn(m) for m in messages if m["role"] in ("user", "assistant", "tool")]
         filled = self._filled(turns, list(tools))
         pieces: list[tuple[str, bool]] = []
         for index, part in enumerate(_PLACES.split(filled)):
@@ -115,6 +116,12 @@ class NativeDialect:
 
     def parser(self) -> Parser:
         return Parser(self.tokenizer, self._end, self._begun)
+
+    def around(self, action: Literal["answer", "call"]) -> tuple[str, str]:
+        return ("", self._end) if action == "answer" else (_OPEN + "\n", "\n" + _CLOSE)
+
+    def encode_markup(self, text: str) -> list[int]:
+        return self._encode([(text, True)])
 
     def fit(self, text: str, max_tokens: int) -> str:
         return cut_to_tokens(text, max_tokens, self.tokenizer, lambda part: self._plain(harmless(part)))
@@ -147,7 +154,11 @@ class NativeDialect:
 
     def _filled(self, turns: Sequence[dict[str, Any]], tools: Sequence[ToolSchema]) -> str:
         """The template's text, with a placeholder for the content of each turn."""
-        places = [turn | {"content": _PLACE.format(index)} for index, turn in enumerate(turns)]
+        places = [
+            # Templates ask whether something was said before a call; a placeholder would be something.
+            turn if turn.get("tool_calls") and not turn["content"] else turn | {"content": _PLACE.format(index)}
+            for index, turn in enumerate(turns)
+        ]
         functions = [self._harmless(tool.as_function()) for tool in tools]
         return str(
             self.tokenizer.apply_chat_template(
@@ -158,6 +169,22 @@ class NativeDialect:
                 tokenize=False,
             )
         )
+
+    def _turn(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message as templates take it. Calls and results may hold what others wrote, so no tag of the dialect's."""
+        if message["role"] == "tool":
+            return {"role": "tool", "content": harmless(message["content"])}
+        turn = {"role": message["role"], "content": message["content"]}
+        if calls := message.get("tool_calls"):
+            functions = [call["function"] for call in calls]
+            turn["tool_calls"] = [
+                {
+                    "type": "function",
+                    "function": {"name": f["name"], "arguments": self._harmless(json.loads(f["arguments"]))},
+                }
+                for f in functions
+            ]
+        return turn
 
     def _around_a_result(self) -> tuple[str, str]:
         """What the template writes between a call and its result, and between the result and what comes next."""
@@ -236,6 +263,14 @@ class Parser:
     def answering(self) -> bool:
         rest = _split(self._said())[1]
         return bool(rest and rest.strip()) and _OPEN not in (rest or "")
+
+    @property
+    def answer_start(self) -> int | None:
+        said = self._said()
+        answer = (_split(said)[1] or "").lstrip()
+        if not answer or _OPEN in answer or _OPEN.startswith(answer):
+            return None
+        return len(said) - len(answer) - len(self._begun)
 
     def feed(self, token_ids: Sequence[int]) -> list[Thinking | AnswerText]:
         self._ids += token_ids

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from serving.dialects.base import LAST, MalformedCall, Parsed, cut_to_tokens, read_call
+from serving.dialects.base import LAST, MalformedCall, Parsed, cut_to_tokens, read_call, write_call
 from serving.dialects.plain import PlainEncoder
 from serving.trajectory import ActionKind, AnswerText, Thinking
 from tools.arguments import ToolSchema
@@ -64,10 +64,11 @@ class TapoDialect:
             raise ValueError("The tapo dialect needs a tokenizer with <|im_start|> and <|im_end|>.")
         self._encode = PlainEncoder(tokenizer)  # the dialect's own tags are plain text as well
 
-    def render(self, messages: Sequence[dict[str, str]], tools: Iterable[ToolSchema | str] = tuple(_USES)) -> list[int]:
+    def render(self, messages: Sequence[dict[str, Any]], tools: Iterable[ToolSchema | str] = tuple(_USES)) -> list[int]:
         """The prompt's token ids: rules, then the conversation, then the header of the answer to come.
 
-        A system message adds to the rules. Earlier answers are shown as answers, without their steps. "code" and
+        A system message adds to the rules. Earlier answers are shown as answers, without their steps. Calls of the
+        client's tools stand in the answer that they belong to, which goes on behind their results. "code" and
         "search" need no schema; any further tool is listed with its own.
         """
         tools = list(tools)
@@ -80,18 +81,40 @@ class TapoDialect:
             system = _NAME + _RULES[frozenset(names & _USES.keys())]
         system += "".join("\n" + m["content"] for m in messages if m["role"] in ("system", "developer"))
         ids = self._message("system", system)
+        calls: dict[str, Any] = {}  # of the client's tools; their results continue the assistant's message
+        is_open = False
         for message in messages:
-            if message["role"] == "user":
-                ids += self._message("user", message["content"])
-            elif message["role"] == "assistant":
-                ids += self._message("assistant", f"<answer>{message['content']}</answer>")
-        return [*ids, self._start, *self._encode("assistant\n")]
+            role, content = message["role"], message["content"]
+            if role == "tool":
+                ids += self._called(calls[message["tool_call_id"]]) + self.encode_observation(content)
+            elif role == "assistant" and message.get("tool_calls"):
+                calls = {call["id"]: call["function"] for call in message["tool_calls"]}
+                if not is_open:
+                    ids += [self._start, *self._encode("assistant\n")]
+                is_open = True
+                ids += self._encode(f"<think>{harmless(content)}</think>\n") if content.strip() else []
+            elif role == "assistant" and is_open:
+                ids += [*self._encode(f"<answer>{content}</answer>"), self._end, *self._encode("\n")]
+                is_open = False
+            elif role == "assistant":
+                ids += self._message("assistant", f"<answer>{content}</answer>")
+            elif role == "user":
+                ids += [self._end, *self._encode("\n")] if is_open else []
+                is_open = False
+                ids += self._message("user", content)
+        return ids if is_open else [*ids, self._start, *self._encode("assistant\n")]
 
     def stops(self, last: bool = False) -> tuple[str, ...]:
         return ("</answer>",) if last else ("</code>", "</search>", "</call>", "</answer>")
 
     def parser(self) -> Parser:
         return Parser(self.tokenizer)
+
+    def around(self, action: Literal["answer", "call"]) -> tuple[str, str]:
+        return f"<{action}>", f"</{action}>"
+
+    def encode_markup(self, text: str) -> list[int]:
+        return self._encode(text)
 
     def encode_step(self, thought: str, action: ActionKind, text: str) -> list[int]:
         """`text` of a "call" is its JSON, as `write_call` makes it: a tag in it would end it early."""
@@ -110,6 +133,9 @@ class TapoDialect:
     def bare(self, text: str) -> str:
         return _MARKUP.sub(" ", text).strip()
 
+    def _called(self, function: dict[str, Any]) -> list[int]:
+        return self._encode(f"<call>{write_call(function['name'], json.loads(function['arguments']))}</call>")
+
     def _message(self, role: str, content: str) -> list[int]:
         return [self._start, *self._encode(f"{role}\n{content}"), self._end, *self._encode("\n")]
 
@@ -125,6 +151,8 @@ def _listed(tool: ToolSchema) -> str:
     if len(description) > _LONGEST_DESCRIPTION:
         description = description[: _LONGEST_DESCRIPTION - 4] + " ..."
     shown = {"name": tool.name, "description": description, "arguments": tool.parameters.get("properties", {})}
+    if defined := tool.parameters.get("$defs"):
+        shown["$defs"] = defined
     if required := tool.parameters.get("required"):
         shown["required"] = required
     return json.dumps({key: value for key, value in shown.items() if value}, ensure_ascii=False, separators=(",", ":"))
@@ -146,6 +174,11 @@ class Parser:
     @property
     def answering(self) -> bool:
         return self._shown["answer"] > 0
+
+    @property
+    def answer_start(self) -> int | None:
+        action = _ACTION.search(self.text)
+        return action.start(2) if action and action[1] == "answer" else None
 
     def feed(self, token_ids: Sequence[int]) -> list[Thinking | AnswerText]:
         self._ids += token_ids

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "eos", "length", "abort"]
 
@@ -34,12 +34,18 @@ class Sampling:
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """`token_ids`: the whole context. `stop`: generation ends with the token that completes one of these strings."""
+    """`token_ids`: the whole context. `stop`: generation ends with the token that completes one of these strings.
+
+    `top_logprobs`: how many of the likeliest tokens each chunk tells beside those drawn. `json_schema`: what may be
+    drawn is then a JSON text of this schema, and after it the end of the turn; logprobs stay the policy's own.
+    """
 
     token_ids: list[int]
     version: str
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
+    top_logprobs: int | None = None
+    json_schema: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,13 +53,15 @@ class TokenChunk:
     """New tokens with one natural logprob each. The last chunk of a request has a `finish_reason`.
 
     What the policy drew is all there, exactly: the tokens that complete a stop string, and the end-of-turn token
-    (`finish_reason` "eos"), which learning must see too.
+    (`finish_reason` "eos"), which learning must see too. `top_logprobs`, where they were asked for, has for each token
+    the likeliest ones (id, logprob), the likeliest first.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     version: str
     finish_reason: FinishReason | None = None
+    top_logprobs: list[list[tuple[int, float]]] | None = None
 
 
 class Engine(Protocol):

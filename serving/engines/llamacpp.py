@@ -23,6 +23,8 @@ from serving.engines.gguf_export import UnsupportedModel, write_adapter
 from serving.model import BaseModel
 
 _TOP_P_AMONG = 1024  # top_p sorts its candidates: the whole vocabulary takes longer than the model itself
+# Of JSON under a grammar: else a small policy may write blanks for ever.
+_SPACING = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
 _FINISH: dict[str, FinishReason] = {"eos": "eos", "word": "stop", "limit": "length", "none": "abort"}
 
 
@@ -137,8 +139,10 @@ class LlamaCppEngine:
             "samplers": ["top_k", "top_p", "temperature"] if sampling.top_p < 1 else ["temperature"],
             "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": _TOP_P_AMONG,
             "seed": sampling.seed if sampling.seed is not None else secrets.randbits(31),
-            "return_tokens": True, "n_probs": 1, "cache_prompt": True, "id_slot": slot,
+            "return_tokens": True, "n_probs": max(1, request.top_logprobs or 0), "cache_prompt": True, "id_slot": slot,
         }  # fmt: skip
+        if request.json_schema is not None:
+            body["json_schema"] = {**request.json_schema, "x-guidance": _SPACING}
         try:
             async with served.client.stream("POST", "/completion", json=body) as response:
                 if response.status_code != 200:
@@ -146,11 +150,13 @@ class LlamaCppEngine:
                 async for event in _events(response):
                     if "error" in event:
                         raise EngineError(f"Version {request.version!r} failed: {event['error']}")
+                    drawn = event.get("completion_probabilities", [])
                     yield TokenChunk(
                         event.get("tokens", []),
-                        [entry["logprob"] for entry in event.get("completion_probabilities", [])],
+                        [entry["logprob"] for entry in drawn],
                         request.version,
                         _FINISH[event["stop_type"]] if event.get("stop") else None,
+                        None if request.top_logprobs is None else [_likeliest(entry) for entry in drawn],
                     )
                     if event.get("stop"):
                         return
@@ -202,6 +208,10 @@ def adapter_gguf(path: Path, base: BaseModel) -> Path:
         gguf = base.gguf.parent / f"{path.name}.gguf"
         write_adapter(path, base.hf_dir, gguf)
     return gguf
+
+
+def _likeliest(entry: dict[str, Any]) -> list[tuple[int, float]]:
+    return [(other["id"], other["logprob"]) for other in entry["top_logprobs"]]
 
 
 def _refused(request: GenerateRequest, status: int, text: str) -> EngineError:
