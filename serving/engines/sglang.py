@@ -230,14 +230,15 @@ class SGLangEngine:
             body["sampling_params"]["sampling_seed"] = sampling.seed
         if served.adapter is not None:
             body["lora_path"] = request.version
-        seen, done = 0, False
+        seen, done, label = 0, False, worker.label
         worker.in_flight += 1
         try:
             async with aclosing(worker.stream(body)) as events:
                 async for event in events:
                     chunk = _chunk(event, seen, worker)
+                    if not seen:
+                        self._check_label(worker, chunk.version, label)
                     seen += len(chunk.token_ids)
-                    self._check_label(worker, chunk.version)
                     swapped = self.weights is not None and chunk.version == self.weights[0]
                     version = chunk.version if swapped and served.adapter is None else request.version
                     done = chunk.finish_reason is not None
@@ -250,11 +251,11 @@ class SGLangEngine:
             if not done:
                 self._abort(worker, rid)
 
-    def _check_label(self, worker: Worker, label: str) -> None:
+    def _check_label(self, worker: Worker, label: str, at_start: str) -> None:
         """A worker that was started anew answers with its first weights, under another label."""
-        expected = {worker.label} if worker is not self._router else {w.label for w in self.workers}
-        if label not in expected and not any(w.paused for w in self.workers):
-            raise WorkerFailed(f"SGLang at {worker.url} answers with weights {label!r}, not {' or '.join(expected)!r}.")
+        behind = self.workers if worker is self._router else [worker]
+        if label not in {at_start, *(w.label for w in behind)} and not any(w.paused for w in behind):
+            raise WorkerFailed(f"SGLang at {worker.url} answers with weights {label!r}, not {behind[0].label!r}.")
 
     def _abort(self, worker: Worker, rid: str) -> None:
         """In the background: the caller may be a task that is being cancelled. A router may have chosen any worker."""

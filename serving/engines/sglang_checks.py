@@ -44,7 +44,7 @@ def check_adapter(version: str, path: Path, server: Description) -> str:
             f"Version {version!r} has rank {rank}, SGLang takes {server.max_lora_rank}: start it with --max-lora-rank "
             f"{rank}."
         )
-    foreign = {targets} if isinstance(targets, str) else set(targets)
+    foreign = {name.rsplit(".")[-1] for name in ([targets] if isinstance(targets, str) else targets)}
     foreign -= server.lora_targets | {"all-linear"}
     if server.lora_targets and foreign:
         raise EngineError(
