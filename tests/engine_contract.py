@@ -74,11 +74,9 @@ class EngineContract:
         assert said[0][0] != said[1][0]
 
     async def test_tokens_come_as_they_are_drawn_and_end_at_the_limit(self, bench):
-        chunks = []
         request = GenerateRequest(bench.prompt("Tell a long story."), "base", Sampling(0.0, max_tokens=9))
         async with aclosing(bench.engine.generate(request)) as stream:
-            async for chunk in stream:
-                chunks.append(chunk)
+            chunks = [chunk async for chunk in stream]
         assert sum(len(chunk.token_ids) for chunk in chunks) == 9
         assert len(chunks) > 1
         assert chunks[-1].finish_reason == "length"

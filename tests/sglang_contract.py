@@ -89,9 +89,12 @@ class RecordedSGLang:
     # -- routes
 
     async def health(self, _: Request) -> Response:
-        while self.silent:
-            await asyncio.sleep(0.05)
+        await self._speak()
         return Response()
+
+    async def _speak(self) -> None:
+        while self.silent:  # noqa: ASYNC110 - set by another thread
+            await asyncio.sleep(0.05)
 
     async def model_info(self, _: Request) -> Response:
         return JSONResponse({
@@ -229,8 +232,7 @@ class RecordedSGLang:
             while reason is None:
                 await asyncio.sleep(0)
                 await self.may_run.wait()
-                while self.silent:
-                    await asyncio.sleep(0.05)
+                await self._speak()
                 if self.die_after is not None and len(drawn) >= self.die_after:
                     raise ConnectionResetError("the server was killed")
                 logits = self.logits(body["input_ids"] + drawn, body.get("lora_path"))
