@@ -6,11 +6,15 @@ import itertools
 import json
 import shutil
 
+import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from app.runtime import running_service
+from app.service import Finished, Question
+from app.settings import Settings, SettingsError, load
 from serving.engines.base import EngineError, GenerateRequest, PromptTooLong, Sampling
 from serving.engines.sglang import SGLangEngine
 from serving.engines.sglang_weights import swap_weights
@@ -317,3 +321,39 @@ async def test_the_servers_own_limit_is_a_prompt_too_long(cluster):
     server._problem = lambda _: "The input (9 tokens) is longer than the model's context length (8 tokens)."
     with pytest.raises(PromptTooLong, match="Shorten"):
         await collect(engine, ask())
+
+
+async def test_the_settings_attach_it_and_a_model_without_versions_gets_its_first(home, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(home / "base", model)
+    config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 8192}
+    (model / "config.json").write_text(json.dumps(config))
+    server = RecordedSGLang(model)
+    with served(server.app()) as url:
+        settings = Settings(
+            home=tmp_path / "home", engine="sglang", engine_urls=[url], engine_admin_key="secret", python_pool=0,
+            search_backends=["local"], max_tokens=16, max_turns=0,
+        )  # fmt: skip
+        async with running_service(settings) as service:
+            version = service.router.current
+            assert version.startswith("base-")
+            assert set(server.adapters) == {version}
+            question = Question("key-a", [{"role": "user", "content": "Hi"}], Sampling(1.0, max_tokens=8, seed=1))
+            async for event in service.answer(question):
+                last = event
+            assert isinstance(last, Finished)
+            assert last.trajectory.steps[0].version == version
+            bare = server.logits([70, 71], None)
+            assert torch.allclose(server.logits([70, 71], version), bare)  # a fresh adapter changes nothing yet
+        assert (await httpx.AsyncClient().get(f"{url}/health")).status_code == 200  # it is somebody else's server
+
+
+def test_settings_of_an_engine_fit_together():
+    for wrong, told in (
+        ({"engine_urls": "http://a"}, "WHETSTONE_ENGINE"),
+        ({"engine": "sglang", "engine_router_url": "http://a"}, "engine_urls"),
+        ({"engine": "sglang", "engine_urls": "a:30000"}, "http://"),
+        ({"engine": "vllm"}, "embedded"),
+    ):
+        with pytest.raises(SettingsError, match=told):
+            load(**wrong)

@@ -59,6 +59,10 @@ def lives(pid):
         return False
 
 
+def command_of(pid):
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+
+
 async def child_of(server):
     async with httpx.AsyncClient(headers={"Authorization": f"Bearer {server.key}"}) as client:
         return int((await client.get(f"{server.url}/health")).text)
@@ -71,7 +75,7 @@ async def test_it_is_started_with_its_settings_and_leaves_nothing_behind(config,
         child, pid = await child_of(server), server.process.pid
         keys = tmp_path / "logs" / "sglang.keys.yaml"
         assert stat.S_IMODE(keys.stat().st_mode) == 0o600
-        command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        command = command_of(pid)
         assert server.key not in command
         assert os.getpgid(pid) == pid != os.getpgid(0)
     for pair in (("--tp-size", "2"), ("--mem-fraction-static", "0.8"), ("--max-lora-rank", "16"), ("--device", "cpu")):
