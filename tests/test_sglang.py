@@ -216,6 +216,16 @@ async def test_a_worker_that_refuses_what_another_took_is_drained(cluster, home)
     await until(lambda: servers[1].adapters.get("vx") == str(home / "vx") and not engine.workers[1].problem)
 
 
+async def test_versions_that_an_earlier_whetstone_loaded_are_taken_over(cluster, home):
+    first, _ = await cluster()
+    await first.load("vx", home / "vx")
+    second = SGLangEngine([first.workers[0].url], "secret", patience=PATIENCE)
+    await second.start()
+    await second.load("vx", home / "vx")
+    assert (await collect(second, ask("vx")))[0]
+    await second.close()
+
+
 async def test_behind_a_router_a_version_is_on_all_workers_or_not_loaded(cluster, home):
     _, servers = await cluster(2)
     router = RecordedSGLang(home / "base")
@@ -229,6 +239,7 @@ async def test_behind_a_router_a_version_is_on_all_workers_or_not_loaded(cluster
         before = [server.generated for server in servers]
         assert (await collect(engine, ask("vx")))[0]
         assert router.generated
+        assert (await engine.health())["router"]["problem"] is None
         assert [server.generated for server in servers] == before
         servers[1].adapters["vy"] = "/another/path"
         with pytest.raises(EngineError, match=f"vy.*{urls[1]}"):
@@ -241,7 +252,7 @@ async def test_behind_a_router_a_version_is_on_all_workers_or_not_loaded(cluster
 async def test_weights_change_under_an_answer_that_goes_on(cluster, home):
     engine, servers = await cluster(2)
     before = await collect(engine, ask(max_tokens=20))
-    stream = engine.generate(ask(max_tokens=300, temperature=1.0))
+    stream = engine.generate(ask(max_tokens=120, temperature=1.0))
     versions = [(await anext(stream)).version]
     await swap_weights(engine, "w1", home / "other")
     versions += [chunk.version async for chunk in stream]

@@ -39,7 +39,8 @@ pytestmark = [
 ]
 FLAGS = ("--device", "cpu", "--dtype", "bfloat16", "--disable-overlap-schedule", "--mem-fraction-static", "0.3",
          "--max-total-tokens", "4096", "--lora-backend", "torch_native")  # fmt: skip
-ENV = {"SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1"}
+# One thread: on a busy machine several wait for each other, and a token takes seconds.
+ENV = {"SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def config(base, folder, **options):

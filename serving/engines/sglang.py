@@ -102,9 +102,13 @@ class SGLangEngine:
         """Meet the workers. Raises EngineError when none can be used; those that can't are drained and tried again."""
         await asyncio.gather(*map(self._bring_up, self.workers))
         self.healthy()
+        if self._router is not None:
+            await self._router.look()
+            self._router.problem = ""
         if not self.described.seeded:
             log.warning("SGLang runs without --enable-deterministic-inference: seeds have no effect on what it draws")
-        self._keepers = [asyncio.create_task(self._keep(w), name=f"keeper of {w.url}") for w in self.workers]
+        everyone = [*self.workers, *([self._router] if self._router else [])]
+        self._keepers = [asyncio.create_task(self._keep(w), name=f"keeper of {w.url}") for w in everyone]
 
     async def close(self) -> None:
         for task in self._keepers:
@@ -143,12 +147,12 @@ class SGLangEngine:
             self.drain(worker, f"it lacks version {version!r}: {error}")
 
     async def unload(self, version: str) -> None:
+        served = self.versions.pop(version, None)
+        if served is None:
+            return
+        await served.idle.wait()
         async with self.changing:
-            served = self.versions.pop(version, None)
-            if served is None:
-                return
-            await served.idle.wait()
-            if served.adapter is not None:
+            if served.adapter is not None and version not in self.versions:  # it may have been loaded again
                 able = [worker for worker in self.workers if not worker.problem]
                 failed = await _on_each(able, lambda worker: worker.unload_adapter(version))
                 for worker, error in failed.items():
@@ -157,8 +161,9 @@ class SGLangEngine:
     async def health(self) -> dict[str, object]:
         """At once, from what requests and the looks every few seconds have shown."""
         fit = [worker for worker in self.workers if not worker.problem]
-        return {
-            "ok": bool(fit and self.versions),
+        router = {"router": {"url": self._router.url, "problem": self._router.problem or None}} if self._router else {}
+        return router | {
+            "ok": bool(fit and self.versions and not (self._router and self._router.problem)),
             "engine": "sglang",
             "versions": {version: bool(fit) for version in self.versions},
             "workers": {w.url: {"problem": w.problem or None, "in_flight": w.in_flight} for w in self.workers},
@@ -275,7 +280,7 @@ class SGLangEngine:
             await asyncio.sleep(self._patience.look)
             if worker.paused:
                 continue
-            if worker.problem:
+            if worker.problem and worker is not self._router:
                 async with self.changing:
                     await self._bring_up(worker)
                 if not worker.problem:
@@ -284,6 +289,8 @@ class SGLangEngine:
             try:
                 await worker.look()
                 worker.missed = 0
+                if worker is self._router:
+                    worker.problem = ""
             except EngineError as error:
                 worker.missed += 1
                 if worker.missed >= _MISSES and not worker.paused:

@@ -88,30 +88,35 @@ class Worker:
         await self._call("GET", "/health", seconds=30)
 
     async def describe(self) -> Description:
-        info = await self._call("GET", "/model_info")
-        server = await self._call("GET", "/server_info")
-        models = await self._call("GET", "/v1/models")
-        lengths = [card["max_model_len"] for card in models["data"] if card.get("max_model_len")]
-        pool = server.get("max_total_num_tokens") or _ANY_TOKEN_ID
-        if not lengths:
-            raise WorkerFailed(f"SGLang at {self.url} tells no max_model_len in /v1/models: is it SGLang 0.5.23?")
-        return Description(
-            info["model_path"],
-            info["tokenizer_path"],
-            info["weight_version"],
-            min(*lengths, pool),
-            bool(server.get("enable_deterministic_inference")),
-            server.get("max_lora_rank") if server.get("enable_lora") else None,
-            frozenset(server.get("lora_target_modules") or ()),
-        )
+        with self._failures():
+            info = await self._call("GET", "/model_info")
+            server = await self._call("GET", "/server_info")
+            models = await self._call("GET", "/v1/models")
+            lengths = [card["max_model_len"] for card in models["data"] if card.get("max_model_len")]
+            pool = server.get("max_total_num_tokens") or _ANY_TOKEN_ID
+            if not lengths:
+                raise WorkerFailed(f"SGLang at {self.url} tells no max_model_len in /v1/models: is it SGLang 0.5.23?")
+            return Description(
+                info["model_path"],
+                info["tokenizer_path"],
+                info["weight_version"],
+                min(*lengths, pool),
+                bool(server.get("enable_deterministic_inference")),
+                server.get("max_lora_rank") if server.get("enable_lora") else None,
+                frozenset(server.get("lora_target_modules") or ()),
+            )
 
     async def adapters(self) -> dict[str, str]:
         """The adapters that it holds: path by name."""
-        models = await self._call("GET", "/v1/models")
-        return {card["id"]: card["root"] for card in models["data"] if card.get("parent")}
+        with self._failures():
+            models = await self._call("GET", "/v1/models")
+            return {card["id"]: card["root"] for card in models["data"] if card.get("parent")}
 
     async def load_adapter(self, name: str, path: str) -> None:
-        """Raises Refused when it can't be used, WorkerFailed when the server doesn't then report it."""
+        """One that is there already, from an earlier Whetstone, is well. Raises Refused when it can't be used,
+        WorkerFailed when the server doesn't then report it."""
+        if (await self.adapters()).get(name) == path:
+            return
         answer = await self._control("/load_lora_adapter", {"lora_name": name, "lora_path": path})
         if (answer.get("loaded_adapters") or {}).get(name) != path:
             raise WorkerFailed(f"SGLang at {self.url} took adapter {name!r} and doesn't report it: {answer}")
