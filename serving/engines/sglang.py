@@ -281,8 +281,10 @@ class SGLangEngine:
             if worker.paused:
                 continue
             if worker.problem and worker is not self._router:
-                async with self.changing:
-                    await self._bring_up(worker)
+                with contextlib.suppress(EngineError):
+                    await worker.look()  # first without the lock: one that hangs must not hold up a load
+                    async with self.changing:
+                        await self._bring_up(worker)
                 if not worker.problem:
                     log.warning("the SGLang worker %s is back", worker.url)
                 continue
