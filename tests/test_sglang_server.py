@@ -59,6 +59,19 @@ def lives(pid):
         return False
 
 
+def group(pid):
+    """The processes of this group that run."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, pgid = stat.read_text().rsplit(")", 1)[1].split()[:3]
+        except (OSError, ValueError):
+            continue  # it has just ended
+        if int(pgid) == pid and state != "Z":
+            found.append(stat.parent.name)
+    return found
+
+
 def command_of(pid):
     return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
 
@@ -125,9 +138,9 @@ asyncio.run(main())
 """
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as owner:
         pid = int(owner.stdout.readline())
-        assert lives(pid)
+        assert len(group(pid)) >= 3  # the server, its own child, and what watches over them
         owner.kill()
     end = time.monotonic() + 20
-    while lives(pid) and time.monotonic() < end:
+    while group(pid) and time.monotonic() < end:
         time.sleep(0.05)
-    assert not lives(pid)
+    assert not group(pid)

@@ -1,7 +1,7 @@
 """Starts an SGLang server, waits until it answers, starts it again when it crashes, and ends it.
 
-It runs in a process group of its own, so that Ctrl-C reaches Whetstone first, and the kernel kills it when Whetstone
-ends in whatever way. SGLang's own processes end with their parent by the same means. A crash loses the adapters;
+It runs in a process group of its own, so that Ctrl-C reaches Whetstone first, and `_tied.py` kills that group when
+Whetstone ends in whatever way. A crash loses the adapters;
 `SGLangEngine` gives them back when the server answers again.
 """
 
@@ -119,12 +119,12 @@ class SGLangServer:
             keys.write(f"api-key: {self.key}\nadmin-api-key: {self.key}\n")
         environment = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1", **os.environ, **config.env}
         command = config.command(self.port, self._keys)
-        tied = [sys.executable, str(Path(__file__).with_name("_tied.py")), str(os.getpid())]
+        tied = [sys.executable, "-I", "-S", str(Path(__file__).with_name("_tied.py"))]
         self.starts += 1
         with config.log.open("wb") as output:
             try:
                 self.process = await asyncio.create_subprocess_exec(
-                    *tied, *command, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output,
+                    *tied, *command, stdin=asyncio.subprocess.PIPE, stdout=output, stderr=output,
                     env=environment, start_new_session=True, cwd=config.log.parent,
                 )  # fmt: skip
             except OSError as error:
