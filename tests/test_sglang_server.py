@@ -62,13 +62,13 @@ def lives(pid):
 def group(pid):
     """The processes of this group that run."""
     found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for file in Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, _, pgid = stat.read_text().rsplit(")", 1)[1].split()[:3]
+            state, _, pgid = file.read_text().rsplit(")", 1)[1].split()[:3]
         except (OSError, ValueError):
             continue  # it has just ended
         if int(pgid) == pid and state != "Z":
-            found.append(stat.parent.name)
+            found.append(file.parent.name)
     return found
 
 
