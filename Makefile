@@ -3,10 +3,12 @@
 # make learn  the proof that it learns, about an hour; results in benchmarks/results
 # make bench-sandbox  what a call of the Python tool costs, ten minutes
 # make test-swap, make bench-swap  swaps of versions under load: the two-minute test, and what they cost
+# make test-sglang    the SGLang engine against SGLang itself, on the CPU; some minutes, 3 GB in .venv-sglang
 # make setup  only the set-up                        make clean              forget it
 #
 # Variables
 #   PYTHON=python3.12   the interpreter that .venv is made with; 3.11 or later
+#   SGLANG_CPU=FOLDER   for test-sglang: the scripts and stand-ins that make SGLang run on a CPU
 #   TORCH_INDEX=URL     a package index for torch alone. Where there is no GPU, name PyTorch's index of CPU builds:
 #                       the default index of some systems has only the CUDA build, which is ten times the size.
 
@@ -14,10 +16,11 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help run test learn bench-sandbox test-swap bench-swap lint types setup bubblewrap chromium clean
+.PHONY: help run test test-sglang learn bench-sandbox test-swap bench-swap lint types setup bubblewrap chromium clean
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+SGLANG_CPU ?= ../shared/sglang_cpu
 BIN := .venv/bin
 STAMPS := .venv/stamps
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
@@ -35,6 +38,15 @@ run: setup
 
 test: setup chromium
 	@$(BIN)/python -m pytest
+
+test-sglang: setup .venv-sglang/ready
+	@WHETSTONE_SGLANG_PYTHON=$(CURDIR)/.venv-sglang/bin/python $(BIN)/python -m pytest -m sglang tests/test_sglang_real.py
+
+.venv-sglang/ready:
+	@[ -x "$(SGLANG_CPU)/setup.sh" ] || { echo "Error: $(SGLANG_CPU)/setup.sh isn't there. It makes an environment in which SGLang 0.5.23 runs on a CPU: name its folder with SGLANG_CPU=…, or, where SGLang is installed already, run: WHETSTONE_SGLANG_PYTHON=/its/bin/python $(BIN)/python -m pytest -m sglang tests/test_sglang_real.py" >&2; exit 1; }
+	@echo "==> Installing SGLang for the CPU in .venv-sglang (about two minutes)"
+	@bash "$(SGLANG_CPU)/setup.sh" .venv-sglang
+	@touch $@
 
 learn: setup
 	@$(BIN)/python -m benchmarks.learn
@@ -96,4 +108,4 @@ chromium:
 	  command -v chromium >/dev/null || echo "Note: chromium is missing, so the browser tests are skipped. Install it: sudo apt-get install chromium"; }
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-sglang build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

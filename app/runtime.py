@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from copy import deepcopy
 from functools import partial
 
+from app.engines import open_engine
 from app.keys import check_reach
 from app.record import open_store
 from app.service import Service
@@ -18,8 +19,7 @@ from serving.agent import Agent, Limits
 from serving.dialects import make_dialect
 from serving.dialects.base import Dialect
 from serving.engines.base import EngineError
-from serving.engines.llamacpp import LlamaCppEngine
-from serving.model import ModelMissing, prepare_base
+from serving.model import ModelMissing
 from serving.versions import VersionRouter, install_shipped
 from tools.arguments import ToolSchema
 from tools.workspace import Workspaces
@@ -54,18 +54,16 @@ async def _start(settings: Settings, progress: Progress, stack: AsyncExitStack) 
     left = await asyncio.to_thread(store.recover)
     if left:
         progress(f"Closed {left} turn{'s' if left > 1 else ''} that an earlier process left open")
-    progress("Preparing the model (the first time, about half a minute)")
-    base = await asyncio.to_thread(prepare_base, settings.home, progress)
     await asyncio.to_thread(install_shipped, store, settings.home)
+    progress("Preparing the model (the first time, about half a minute)")
+    engine, base = await open_engine(settings, store, progress, stack)
     progress("Preparing the tools")
     workspaces = Workspaces(settings.home / "files", settings.files_mb << 20)
     tools = ExitStack()
     stack.push_async_callback(asyncio.to_thread, tools.close)
     opening = open_toolbox(settings, workspaces=workspaces, audit=True, warm=True)
     toolbox = await asyncio.to_thread(tools.enter_context, opening)
-    progress("Starting the engine")
-    engine = LlamaCppEngine(base, settings.slots, settings.context, settings.threads)
-    stack.push_async_callback(engine.close)
+    progress("Loading the version in service")
     router = VersionRouter(
         store,
         engine,

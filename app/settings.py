@@ -6,6 +6,7 @@ import difflib
 import ipaddress
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -66,9 +67,35 @@ class Settings(BaseSettings):
     )
     shutdown_seconds: float = Field(20.0, ge=0, description="how long answers in flight may take to end on shutdown")
 
-    slots: int = Field(4, ge=1, description="sequences that the engine works on at once")
-    context: int = Field(4096, ge=512, le=8192, description="tokens of prompt and answer together; the model has 8192")
-    threads: int | None = Field(None, ge=1, description="threads of the engine; None: all that the process may use")
+    engine: Literal["embedded", "sglang"] = Field("embedded", description="what runs the model that answers")
+    engine_model: str | None = Field(
+        None, description="of engine = sglang: a transformers folder; None: the embedded model's, or what is served"
+    )
+    engine_urls: Annotated[list[str], NoDecode] = Field(
+        default_factory=list, description="SGLang servers to attach to, alike; none: one is started and supervised"
+    )
+    engine_router_url: str | None = Field(None, description="of an sglang-router before them, for generation alone")
+    engine_admin_key: SecretStr | None = Field(None, description="--admin-api-key of the SGLang servers")
+    engine_silence_seconds: float = Field(120.0, gt=0, description="without a token before a server is given up")
+    slots: int = Field(4, ge=1, description="sequences that the embedded engine works on at once")
+    context: int = Field(
+        4096, ge=512, le=8192, description="tokens of prompt and answer, of the embedded engine; the model has 8192"
+    )
+    threads: int | None = Field(None, ge=1, description="of the embedded engine; None: all that the process may use")
+    sglang_python: Path = Field(
+        Path(sys.executable), description="the interpreter of the environment where SGLang is installed"
+    )
+    sglang_tensor_parallel: int = Field(1, ge=1, description="GPUs that one supervised server spreads over")
+    sglang_lora_rank: int = Field(16, ge=1, description="the highest of a version's adapter, and that of a first one")
+    sglang_memory_fraction: float | None = Field(
+        None, gt=0, lt=1, description="of GPU memory for weights and KV cache; None: as SGLang finds best"
+    )
+    sglang_memory_saver: bool = Field(False, description="let the server give its memory away for training")
+    sglang_deterministic: bool = Field(False, description="the same seed, the same answer; slower; not on a CPU")
+    sglang_flags: Annotated[list[str], NoDecode] = Field(
+        default_factory=list, description="more of sglang.launch_server's own, which win over the settings"
+    )
+    sglang_env: dict[str, str] = Field(default_factory=dict, description="more environment for that server")
 
     version_idle_seconds: float = Field(
         1800.0, gt=0, description="a conversation stays on its version until it rested for so long"
@@ -144,19 +171,29 @@ class Settings(BaseSettings):
     queue_max: int = Field(10_000, ge=1, description="tasks that may wait for training")
 
     @field_validator(
-        "api_keys", "cors_origins", "search_backends", "python_packages", "tools", "training_tools", mode="before"
-    )
+        "api_keys", "cors_origins", "engine_urls", "sglang_flags", "search_backends", "python_packages", "tools",
+        "training_tools", mode="before",
+    )  # fmt: skip
     @classmethod
     def _split(cls, value: Any) -> Any:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
-    @field_validator("home", "documents")
+    @field_validator("home", "documents", "sglang_python")
     @classmethod
     def _expand(cls, value: Path | None) -> Path | None:
         return value.expanduser().absolute() if value else None
 
     @model_validator(mode="after")
     def _guard(self) -> Settings:
+        if self.engine == "embedded" and (self.engine_urls or self.engine_router_url or self.engine_model):
+            raise ValueError(
+                "engine_urls, engine_router_url and engine_model belong to another engine than the embedded one: set "
+                "WHETSTONE_ENGINE=sglang, or take them out."
+            )
+        if self.engine_router_url and not self.engine_urls:
+            raise ValueError("engine_router_url needs engine_urls too: versions are loaded on each worker, not by it.")
+        if wrong := [url for url in self.engine_urls if not url.startswith(("http://", "https://"))]:
+            raise ValueError(f"engine_urls holds {wrong[0]!r}, which isn't an http:// or https:// address.")
         if self.api_port == self.web_port:
             raise ValueError(f"api_port and web_port are both {self.api_port}: give them different numbers.")
         keys = {key.get_secret_value(): owner_of(key.get_secret_value().encode()) for key in self.api_keys}

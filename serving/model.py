@@ -74,6 +74,15 @@ def prepare_base(home: Path, progress: Callable[[str], None] = lambda _: None) -
     return BaseModel(BASE_ID, folder / "hf", folder / "base.gguf", made.fingerprint)
 
 
+def folder_model(hf_dir: Path) -> BaseModel:
+    """A model in a transformers folder, for engines that read such: it has no GGUF. Its weights are hashed, which
+    takes seconds a billion parameters; the embedded model keeps the fingerprint that it was prepared with."""
+    ready = hf_dir.parent / "ready.json"
+    known = json.loads(ready.read_text()).get("fingerprint") if hf_dir.name == "hf" and ready.is_file() else None
+    fingerprint = known or _fingerprint(hf_dir)
+    return BaseModel(BASE_ID if known else hf_dir.name, hf_dir, hf_dir / "none.gguf", fingerprint)
+
+
 def from_gguf(source: Path, folder: Path, progress: Callable[[str], None] = lambda _: None) -> BaseModel:
     """Dequantise `source` into `folder`/hf and export it as `folder`/base.gguf."""
     import torch
@@ -116,7 +125,9 @@ def export(
 def _fingerprint(hf_dir: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(hf_dir.glob("*.safetensors")):
-        digest.update(file.read_bytes())
+        with file.open("rb") as content:
+            while piece := content.read(1 << 24):
+                digest.update(piece)
     return digest.hexdigest()[:16]
 
 

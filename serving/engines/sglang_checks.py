@@ -1,0 +1,117 @@
+"""Looks at an adapter or at weights before SGLang does: a truncated or misshapen file ends a whole server.
+
+Seen with 0.5.23: `/update_weights_from_disk` with a truncated safetensors file, and a prompt with a token id outside
+of the vocabulary, each killed it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from serving.engines.base import EngineError
+from serving.engines.sglang_worker import Description
+
+Shapes = dict[str, tuple[int, ...]]
+
+_LORA = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
+
+
+def check_adapter(version: str, path: Path, server: Description) -> str:
+    """The folder as an absolute path. Raises EngineError for a LoRA adapter that this server can't serve.
+
+    Its shapes are compared with the base's where the model's folder can be read from here.
+    """
+    try:
+        config = json.loads((path / "adapter_config.json").read_text())
+        shapes = _shapes(path, "adapter_model.safetensors")
+        rank, targets = int(config["r"]), config["target_modules"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise EngineError(f"Version {version!r} can't be loaded: {path} isn't a LoRA adapter ({error}).") from error
+    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("modules_to_save") or not shapes:
+        raise EngineError(f"Version {version!r} can't be loaded: {path} isn't a plain LoRA adapter.")
+    if server.max_lora_rank is None:
+        raise EngineError(
+            f"Version {version!r} is a LoRA adapter, and SGLang was started without LoRA: start it with --enable-lora "
+            "--max-lora-rank and --lora-target-modules."
+        )
+    if rank > server.max_lora_rank:
+        raise EngineError(
+            f"Version {version!r} has rank {rank}, SGLang takes {server.max_lora_rank}: start it with --max-lora-rank "
+            f"{rank}."
+        )
+    foreign = {name.rsplit(".")[-1] for name in ([targets] if isinstance(targets, str) else targets)}
+    foreign -= server.lora_targets | {"all-linear"}
+    if server.lora_targets and foreign:
+        raise EngineError(
+            f"Version {version!r} adapts {', '.join(sorted(foreign))}, which SGLang wasn't started for: name them in "
+            "--lora-target-modules."
+        )
+    model = _model_shapes(server.model_path)
+    for name, shape in shapes.items() if model else ():
+        match = _LORA.fullmatch(name)
+        if match is None:
+            raise EngineError(f"Version {version!r} can't be loaded: {path} holds {name!r}, which isn't LoRA's.")
+        weight = model.get(f"{match['module']}.weight")
+        wanted = None if weight is None else (rank, weight[1]) if match["part"] == "A" else (weight[0], rank)
+        if shape != wanted:
+            raise EngineError(
+                f"Version {version!r} is of another base: its {name} is {shape}, {server.model_path} needs {wanted}."
+            )
+    return str(path.absolute())
+
+
+def check_weights(version: str, path: Path, server: Description) -> str:
+    """The folder as an absolute path. Raises EngineError for weights that aren't whole, or not of the served model."""
+    try:
+        found = _model_shapes(str(path))
+        config = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise EngineError(f"Version {version!r} can't be loaded: {path} holds no whole weights ({error}).") from error
+    if not found:
+        raise EngineError(f"Version {version!r} can't be loaded: {path} holds no safetensors.")
+    served = _model_shapes(server.model_path)
+    odd = sorted(name for name in served.keys() | found.keys() if served.get(name) != found.get(name))
+    if served and odd:
+        raise EngineError(
+            f"Version {version!r} is no version of {server.model_path}: {odd[0]} is {found.get(odd[0])} in {path}, not "
+            f"{served.get(odd[0])}."
+        )
+    index = path / "model.safetensors.index.json"
+    if index.exists() and (missing := set(json.loads(index.read_text())["weight_map"]) - found.keys()):
+        raise EngineError(
+            f"Version {version!r} can't be loaded: {path} lacks {sorted(missing)[0]} and {len(missing)} in all."
+        )
+    if "architectures" not in config:
+        raise EngineError(f"Version {version!r} can't be loaded: {path}/config.json names no architecture.")
+    return str(path.absolute())
+
+
+def vocabulary(model_path: str) -> int | None:
+    """How many token ids the model has; None where its folder can't be read from here."""
+    try:
+        return int(json.loads((Path(model_path) / "config.json").read_text())["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _model_shapes(path: str) -> Shapes:
+    """Of every tensor in the folder, or none where there is no such folder here."""
+    shapes = _shapes(Path(path), "*.safetensors") if Path(path).is_dir() else {}
+    if "lm_head.weight" in shapes and shapes["lm_head.weight"] == shapes.get("model.embed_tokens.weight"):
+        del shapes["lm_head.weight"]  # tied: some files hold it, some don't
+    return shapes
+
+
+def _shapes(folder: Path, pattern: str) -> Shapes:
+    """Opening a file checks that it is as long as its header says."""
+    shapes: Shapes = {}
+    for file in sorted(folder.glob(pattern)):
+        with safe_open(file, framework="np") as opened:
+            opened_: Any = opened
+            shapes |= {name: tuple(opened_.get_slice(name).get_shape()) for name in opened_.keys()}  # noqa: SIM118
+    return shapes
