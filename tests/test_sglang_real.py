@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -78,7 +79,15 @@ async def bench(base, server, tmp_path_factory):
 
 
 class TestReal(EngineContract):
-    pass
+    async def test_a_grammar_holds(self, bench):
+        properties = {"n": {"type": "integer", "minimum": 3, "maximum": 9}, "ok": {"type": "boolean"}}
+        schema = {"type": "object", "properties": properties, "required": ["n", "ok"], "additionalProperties": False}
+        request = GenerateRequest(bench.prompt("Write a poem."), "vx", Sampling(1.0, max_tokens=40), (), 3, schema)
+        new, _, reason = await collect(bench.engine, request)
+        assert reason == "eos"
+        made = json.loads(bench.tokenizer.decode(new, skip_special_tokens=True))
+        assert made.keys() == {"n", "ok"}
+        assert 3 <= made["n"] <= 9
 
 
 SOMETIMES = ("response_sent_to_client_ts", "cached_tokens_details")  # by whether it's the first event, or cached
@@ -108,8 +117,6 @@ def events(text):
 
 async def test_the_recorded_server_answers_alike(bench, server, tmp_path):
     """Status, keys, types and the order of events, over everything that the engine asks."""
-    import json
-
     recorded = RecordedSGLang(save_tiny_model(tmp_path / "tiny"), key=server.key, incremental=True, seeded=False)
     headers = {"Authorization": f"Bearer {server.key}"}
     generation = {"input_ids": [5, 6, 7], "return_logprob": True}
