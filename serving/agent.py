@@ -14,8 +14,9 @@ from functools import partial
 from typing import Any
 
 from serving.dialects.base import Dialect, MalformedCall, Parsed, read_input
-from serving.engines.base import Engine, GenerateRequest, PromptTooLong, Sampling
+from serving.engines.base import Engine, GenerateRequest, GrammarFailed, PromptTooLong, Sampling
 from serving.generation import Generation
+from serving.json_schema import holds
 from serving.terms import ANY_OBJECT, Terms
 from serving.token_bytes import TokenBytes
 from serving.trajectory import (
@@ -157,10 +158,14 @@ class Agent:
                     yield event
                 if written.stopped:
                     parsed = replace(parsed, action="answer", input=written.shown, well_formed=False)
+                elif terms.schema is not None and parsed.action == "answer" and not holds(terms.schema, parsed.input):
+                    raise GrammarFailed("The answer didn't hold to the JSON schema: make it simpler, and try again.")
                 steps.append(_step(index, parsed, written, version, began))
                 yield StepDone(steps[-1])
                 answered = parsed.action == "answer"
-                answer = parsed.input if answered else written.shown or terms.until_stop(self.dialect.bare(parsed.text))
+                answer = parsed.input if answered else written.shown
+                if not answer and terms.forced is None:
+                    answer = terms.until_stop(self.dialect.bare(parsed.text))
                 answer = answer.strip()
                 stop_reason = "answer" if answered else "length" if written.cut else "no_answer"
                 break

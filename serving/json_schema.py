@@ -11,6 +11,9 @@ from jsonschema.exceptions import SchemaError
 from llguidance import LLMatcher
 
 _DEEPEST = 48  # levels: more than any schema that a person would write, fewer than a parser's stack
+_LARGEST = 64_000  # characters as JSON: to compile a schema takes the server's time
+_TELLS = frozenset({"title", "description", "examples", "default", "$comment"})  # what forces nothing
+_NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions"})  # whose keys are the client's words
 
 
 class BadSchema(ValueError):
@@ -22,7 +25,7 @@ class BadSchema(ValueError):
 
 
 def check_schema(schema: Mapping[str, Any]) -> None:
-    """Raises BadSchema for what isn't JSON Schema (draft 2020-12), is nested too deeply, or refers elsewhere."""
+    """Raises BadSchema for what isn't JSON Schema (draft 2020-12), is too large or deep, or refers elsewhere."""
     for path, value in _walk(schema):
         if len(path) > _DEEPEST:
             raise BadSchema(".".join(path[:8]), f"it is nested more than {_DEEPEST} levels deep")
@@ -31,6 +34,8 @@ def check_schema(schema: Mapping[str, Any]) -> None:
                 ".".join(path),
                 f"it refers to {value[:80]!r}; only the schema's own parts (#/…) can be",
             )
+    if (size := len(json.dumps(schema))) > _LARGEST:
+        raise BadSchema("", f"it has {size} characters; at most {_LARGEST} are read")
     try:
         Draft202012Validator.check_schema(schema)
     except SchemaError as error:
@@ -38,8 +43,20 @@ def check_schema(schema: Mapping[str, Any]) -> None:
 
 
 def check_grammar(schema: Mapping[str, Any]) -> None:
-    """Raises BadSchema, besides, for what no grammar can enforce, such as `not` or `uniqueItems`."""
+    """Raises BadSchema, besides, for what no grammar can enforce, such as `not` or `uniqueItems`.
+
+    Nor can the engine's write what isn't ASCII, where the schema leaves no choice: its vocabulary has no half
+    characters.
+    """
     check_schema(schema)
+    for path, value in _walk(schema):
+        words = [*path[-1:], value] if isinstance(value, str) else path[-1:]
+        if path and path[-1] == "x-guidance":
+            raise BadSchema(".".join(path), "it is a word of the engine's own")
+        if not _tells(path) and any(not word.isascii() or "<|" in word for word in words):
+            raise BadSchema(".".join(path), "it can't be enforced: only ASCII can be, without <|")
+        if path and path[-1] == "$ref" and _circles(schema, value):
+            raise BadSchema(".".join(path), "it leads back to itself")
     problem = _problem(schema)
     if not problem:
         return
@@ -48,6 +65,33 @@ def check_grammar(schema: Mapping[str, Any]) -> None:
         if isinstance(value, dict) and len(path) > len(where) and _problem(value) == problem:
             where = path
     raise BadSchema(".".join(where), f"it can't be enforced: {problem[:200]}")
+
+
+def holds(schema: Mapping[str, Any], text: str) -> bool:
+    """Whether a text is JSON of the schema."""
+    try:
+        return bool(Draft202012Validator(schema).is_valid(json.loads(text)))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _tells(path: tuple[str, ...]) -> bool:
+    return any(key in _TELLS and (not at or path[at - 1] not in _NAMED) for at, key in enumerate(path))
+
+
+def _circles(schema: Mapping[str, Any], reference: object) -> bool:
+    """Whether a reference leads to a reference, and so on, without end."""
+    seen = set()
+    while isinstance(reference, str):
+        if reference in seen:
+            return True
+        seen.add(reference)
+        found: Any = schema
+        for key in reference.removeprefix("#").split("/")[1:]:
+            key = key.replace("~1", "/").replace("~0", "~")
+            found = found.get(key) if isinstance(found, Mapping) else None
+        reference = found.get("$ref") if isinstance(found, Mapping) else None
+    return False
 
 
 def _problem(schema: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -164,3 +165,37 @@ async def test_feedback_on_a_conversation_judges_its_last_answer(base: BaseModel
         assert both.status_code == 400
         for id_, status in ((store.create_conversation("local"), 409), (store.create_conversation("other"), 404)):
             assert (await client.post("/v1/feedback", json={"conversation_id": id_, "score": 1})).status_code == status
+
+
+async def test_a_page_elsewhere_can_t_send_a_browser_here(base: BaseModel, store: Store, tmp_path: Path) -> None:
+    async with calling(base, store, tmp_path, admin_open_on_loopback=True) as client:
+        for origin in ("http://evil.example", "null", "https://127.0.0.1.evil.example", "http://["):
+            for path in ("/v1/admin/versions/v1/use", "/v1/conversations"):
+                refused = await client.post(path, headers={"Origin": origin})
+                assert refused.status_code == 403, (origin, path)
+        for origin in ("http://127.0.0.1:7860", "http://localhost:3000", "http://[::1]:8000"):
+            assert (await client.post("/v1/conversations", headers={"Origin": origin})).status_code == 200, origin
+    assert store.current_version() == "v0"
+
+
+async def test_half_a_character_is_read_as_the_replacement_character(
+    base: BaseModel, store: Store, tmp_path: Path
+) -> None:
+    half = "\ud800"
+    function = {"name": "look", "description": half, "parameters": {"type": "object", "description": half}}
+    call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": json.dumps({"a": half})}}
+    history = [
+        {"role": "user", "content": half},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": half},
+    ]
+    body = SUM | {"messages": history, "tools": [{"type": "function", "function": function}]}
+    async with calling(base, store, tmp_path) as client:
+        client.headers["Content-Type"] = "application/json"
+        answered = await client.post("/v1/chat/completions", content=json.dumps(body))
+        assert answered.status_code == 200, answered.text
+        unknown = SUM | {"metadata": {"conversation_id": half}}
+        assert (await client.post("/v1/chat/completions", content=json.dumps(unknown))).status_code == 404
+        tools = [{"type": "function", "function": {"name": f"t{n}", "description": "x" * 1000}} for n in range(90)]
+        large = await client.post("/v1/chat/completions", json=SUM | {"tools": tools})
+        assert (large.status_code, large.json()["error"]["param"]) == (400, "tools")

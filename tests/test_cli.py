@@ -14,6 +14,8 @@ from app.keys import check_reach
 from app.owners import owner_of
 from app.settings import Settings, SettingsError, load
 from feedback_store import Store
+from serving.versions import install_shipped
+from tests.test_versions import publish
 
 run = CliRunner()
 
@@ -28,9 +30,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def store(home: Path) -> Store:
     opened = Store.open(home / "whetstone.db")
-    for name, parent, status in (("v0", None, "published"), ("v1", "v0", "published"), ("v2", "v1", "refused")):
-        opened.add_version(name, parent, "", {}, status)
-    opened.set_current("v0", "first")
+    install_shipped(opened, home)
+    publish(opened, home, "v1")
+    opened.add_version("v2", "v1", "", {}, "refused")
     opened.add_task([{"role": "user", "content": "What is 2 + 2?"}], "numeric", "4", "numeric", "person")
     return opened
 
@@ -73,6 +75,15 @@ def test_a_version_that_cant_serve_is_refused(store: Store, version: str, why: s
     assert result.exit_code == 1
     assert why in result.output
     assert store.current_version() == "v0"
+
+
+@pytest.mark.parametrize("command", [["use"], ["promote"], ["canary", "--share", "0.5"]])
+def test_a_version_whose_files_are_altered_is_refused(store: Store, home: Path, command: list[str]) -> None:
+    (home / "versions" / "v1" / "adapter_model.safetensors").write_bytes(b"rot")
+    result = run.invoke(app, ["versions", *command, "v1"])
+    assert result.exit_code == 1
+    assert "was altered" in " ".join(result.output.split())
+    assert (store.current_version(), store.canary()) == ("v0", None)
 
 
 def test_queue_runs_and_stats(store: Store) -> None:

@@ -79,15 +79,7 @@ async def bench(base, server, tmp_path_factory):
 
 
 class TestReal(EngineContract):
-    async def test_a_grammar_holds(self, bench):
-        properties = {"n": {"type": "integer", "minimum": 3, "maximum": 9}, "ok": {"type": "boolean"}}
-        schema = {"type": "object", "properties": properties, "required": ["n", "ok"], "additionalProperties": False}
-        request = GenerateRequest(bench.prompt("Write a poem."), "vx", Sampling(1.0, max_tokens=40), (), 3, schema)
-        new, _, reason = await collect(bench.engine, request)
-        assert reason == "eos"
-        made = json.loads(bench.tokenizer.decode(new, skip_special_tokens=True))
-        assert made.keys() == {"n", "ok"}
-        assert 3 <= made["n"] <= 9
+    pass
 
 
 SOMETIMES = ("response_sent_to_client_ts", "cached_tokens_details")  # by whether it's the first event, or cached

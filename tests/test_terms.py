@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from serving.agent import Agent, Limits, ToolsTooLong
 from serving.dialects import make_dialect
+from serving.engines.base import GrammarFailed
 from serving.json_schema import BadSchema, check_grammar
 from serving.terms import StopText, Terms
 from serving.trajectory import AnswerText, ClientCall
@@ -123,7 +124,8 @@ async def test_a_grammar_makes_the_answer_and_what_nobody_drew_is_masked(make, n
 
 async def test_an_answer_may_hold_what_looks_like_its_end(make, name):
     text = '{"n": "</answer> <|im_end|> <tool_call>"}'
-    events = await run(make(answer_of(name, "x" * 200), text.replace("<|", "<\\u007c")), Terms(schema=SCHEMA))
+    terms = Terms(schema={"type": "object", "properties": {"n": {"type": "string"}}})
+    events = await run(make(answer_of(name, "x" * 200), text.replace("<|", "<\\u007c")), terms)
     assert json.loads(spoken(events)) == json.loads(text)
     assert events[-1].trajectory.stop_reason == "answer"
 
@@ -220,12 +222,31 @@ def test_tools_that_do_not_fit_are_told_from_a_long_conversation(make):
         ({"type": "array", "items": {"uniqueItems": True}}, "items"),
         ({"properties": {"a": {"$ref": "http://evil.example/x"}}}, "properties.a.$ref"),
         ({"properties": {"a": {"type": "string", "pattern": "(?=a)"}}}, "properties.a"),
+        ({"properties": {"a": {"enum": ["x", "😀"]}}}, "properties.a.enum.1"),
+        ({"properties": {"naïve": {}}}, "properties.naïve"),
+        ({"const": "a<|im_end|>"}, "const"),
+        ({"properties": {"description": {"const": "ü"}}}, "properties.description.const"),
+        ({"$ref": "#"}, "$ref"),
+        ({"$defs": {"b": {"$ref": "#/$defs/c"}, "c": {"$ref": "#/$defs/b"}}}, "$defs.c.$ref"),
+        ({"x-guidance": {"lenient": True}, "not": {}}, "x-guidance"),
+        ({"description": "x" * 70_000}, ""),
     ],
 )
 def test_a_schema_that_cannot_be_held_to_is_refused_by_its_path(schema, path):
     with pytest.raises(BadSchema) as refused:
         check_grammar(schema)
     assert refused.value.path == path
+
+
+def test_what_forces_no_text_may_be_in_any_script():
+    child = {"type": "object", "properties": {"child": {"$ref": "#/$defs/node"}}, "additionalProperties": False}
+    check_grammar({"description": "Größe 😀", "$defs": {"node": child}, "$ref": "#/$defs/node", "examples": ["é"]})
+
+
+async def test_an_answer_that_is_no_json_of_the_schema_is_an_error(make, name):
+    for made in ('{"n": "three"}', "I would rather", "[1"):
+        with pytest.raises(GrammarFailed, match="didn't hold"):
+            await run(make(answer_of(name, "x" * 200), made), Terms(schema=SCHEMA))
 
 
 def test_a_schema_of_any_depth_is_refused_in_time():

@@ -16,6 +16,7 @@ from tools.arguments import ToolSchema
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _RESERVED = {"answer", "call", "invalid", "response", "think", *BARE}  # what the dialects call actions
 _MOST_TOOLS = 128  # OpenAI's limit
+_MOST_CHARACTERS = 64_000  # of all tools: to check and to tokenize them takes the server's time
 _NOTHING = {"type": "object", "properties": {}}
 
 
@@ -85,6 +86,8 @@ def _tools(body: ChatRequest) -> tuple[ToolSchema, ...]:
     given = body.tools or []
     if len(given) > _MOST_TOOLS:
         raise _bad("tools", f"there are {len(given)}; at most {_MOST_TOOLS} can be given.")
+    if (size := sum(len(tool.model_dump_json()) for tool in given)) > _MOST_CHARACTERS:
+        raise _bad("tools", f"they have {size} characters together; at most {_MOST_CHARACTERS} can be given.")
     tools: dict[str, ToolSchema] = {}
     for index, tool in enumerate(given):
         at, function = f"tools.{index}.function", tool.function

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 from starlette.datastructures import Headers
@@ -86,9 +87,21 @@ class Guard:
         host = headers.get("host", "").rsplit(":", 1)[0] if "]" not in headers.get("host", "") else "[::1]"
         if host not in self._hosts:
             raise ApiError(403, f"host {host!r} isn't this machine: call 127.0.0.1, or set WHETSTONE_API_KEYS.")
+        origin = headers.get("origin")  # a page elsewhere may send a browser here without asking it first
+        if origin and origin not in self._settings.cors_origins and _host_of(origin) not in self._hosts:
+            raise ApiError(403, f"origin {origin[:80]!r} may not call: name it in WHETSTONE_CORS_ORIGINS.")
 
     def _limit(self, scope: Scope) -> BodyLimit:
         return self._upload if scope["method"] == "POST" and UPLOAD_PATH.fullmatch(scope["path"]) else self._body
+
+
+def _host_of(origin: str) -> str:
+    """As a Host header has it; empty for what is no origin of a server's, such as `null`."""
+    try:
+        host = urlsplit(origin).hostname or ""
+    except ValueError:
+        return ""
+    return f"[{host}]" if ":" in host else host
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+_DEEPEST = 100  # levels of a body: more than any schema that is taken
 # What clients send beside the question, and what changes nothing in an answer.
 HARMLESS = frozenset(
     {
@@ -63,24 +65,39 @@ class MessageIn(BaseModel):
 
     def as_message(self) -> dict[str, Any]:
         given = self.content or ""
-        text = _sound(given if isinstance(given, str) else "".join(part.text for part in given))
+        text = given if isinstance(given, str) else "".join(part.text for part in given)
         message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
         if self.tool_calls:
             message["tool_calls"] = [
                 {
-                    "id": _sound(call.id),
+                    "id": call.id,
                     "type": "function",
-                    "function": {"name": call.function.name, "arguments": _sound(call.function.arguments)},
+                    "function": {"name": call.function.name, "arguments": _whole_json(call.function.arguments)},
                 }
                 for call in self.tool_calls
             ]
         if self.role == "tool":
-            message["tool_call_id"] = _sound(self.tool_call_id or "")
+            message["tool_call_id"] = self.tool_call_id or ""
         return message
 
 
-def _sound(text: str) -> str:
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # JSON can hold half a character
+def _whole(value: Any, depth: int = 0) -> Any:
+    """A JSON value whose texts hold no half characters, which JSON can spell and no encoding can write."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if depth > _DEEPEST:
+        return value  # refused further on
+    if isinstance(value, dict):
+        return {_whole(key): _whole(item, depth + 1) for key, item in value.items()}
+    return [_whole(item, depth + 1) for item in value] if isinstance(value, list) else value
+
+
+def _whole_json(text: str) -> str:
+    """The same of a JSON text in a text, whose escapes are still to be read. One that isn't JSON stays as it is."""
+    try:
+        return json.dumps(_whole(json.loads(text)), ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return text
 
 
 class FunctionIn(BaseModel):
@@ -158,13 +175,18 @@ def _stops(given: str | list[str]) -> list[str]:
     stops = [given] if isinstance(given, str) else given
     if len(stops) > 4 or not all(0 < len(stop) <= 256 for stop in stops):
         raise ValueError("at most 4 strings of 1 to 256 characters")
-    return [_sound(stop) for stop in stops]
+    return stops
 
 
 class ChatRequest(BaseModel):
     """The body of POST /v1/chat/completions. A step calls one tool at most, whatever `parallel_tool_calls` says."""
 
     model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_characters(cls, body: Any) -> Any:
+        return _whole(body)
 
     model: str = Field(min_length=1)
     messages: list[MessageIn] = Field(min_length=1)

@@ -30,11 +30,14 @@ def add(
     until = None if days is None else datetime.now(UTC) + timedelta(days=days)
     scopes = cast(list[Scope], scope or ["chat", "feedback"])  # the store names one that isn't any
     with console.opened_store() as store:
+        first = not store.api_keys() and not console.settings().api_keys
         made, key = store.add_key(name, scopes, until, per_minute, at_once)
     if as_json:
         console.print_json({"key": key} | _shown(made))
         return
     console.err.print(f"The key of {made.name} ({made.owner}), for {', '.join(made.scopes)}. Keep it: it isn't stored.")
+    if first:
+        console.err.print("It is the first: from now on every caller needs one. Restart a running server for its chat.")
     typer.echo(key)
 
 

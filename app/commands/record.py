@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from app.commands import console
 from app.commands.console import AsJson
+
+if TYPE_CHECKING:
+    from feedback_store import Store
 
 versions = typer.Typer(help="The versions of the policy, and which one serves.", invoke_without_command=True)
 AVersion = Annotated[str, typer.Argument(help="A published version's id.")]
@@ -45,14 +49,29 @@ def use_version(
 ) -> None:
     """Put a published version in service: the way back, too. A running server follows within about a second."""
     with console.opened_store() as store:
+        _check(store, version)
         moved = store.set_current(version, reason, move_conversations)
     console.out.print(f"[bold]{version}[/] is in service.{_moved(moved)}")
+
+
+def _check(store: Store, version: str) -> None:
+    """A version whose files are altered isn't put in the record's first place: every server would refuse it."""
+    from serving.manifest import CorruptVersion, read_version
+
+    found = store.version(version)
+    if found.status != "published":
+        return  # the store says so
+    try:
+        read_version(Path(found.path))
+    except CorruptVersion as error:
+        raise console.fail(str(error)) from None
 
 
 @versions.command("promote")
 def promote(version: AVersion, reason: Reason = "promoted by hand") -> None:
     """Put the version that was tried in service, for everybody; conversations under way stay where they are."""
     with console.opened_store() as store:
+        _check(store, version)
         store.set_current(version, reason)
     console.out.print(f"[bold]{version}[/] is in service.")
 
@@ -68,6 +87,8 @@ def canary(
 ) -> None:
     """Try a published version on a share of the owners; `--share 0` ends that."""
     with console.opened_store() as store:
+        if share:
+            _check(store, version)
         moved = store.set_canary(version, share, reason, move_conversations)
     tried = f"is tried on {share:.1%} of the owners." if share else f"isn't on trial any more.{_moved(moved)}"
     console.out.print(f"[bold]{version}[/] {tried}")

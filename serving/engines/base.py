@@ -22,6 +22,10 @@ class PromptTooLong(EngineError):
     """The prompt, or the prompt and the tokens asked for, exceed the context."""
 
 
+class GrammarFailed(EngineError):
+    """The engine can't hold what it draws to a JSON schema, or didn't."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn. Logprobs are the policy's own, before temperature and truncation."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -19,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from serving.engines.base import EngineError, GenerateRequest, PromptTooLong, TokenChunk, UnknownVersion
+from serving.engines.base import EngineError, GenerateRequest, GrammarFailed, PromptTooLong, TokenChunk, UnknownVersion
 from serving.engines.sglang_checks import check_adapter, vocabulary
 from serving.engines.sglang_worker import AdapterGone, Description, Patience, Refused, Worker, WorkerFailed
 
@@ -207,6 +206,10 @@ class SGLangEngine:
                 f"The prompt holds a token id outside of the model's vocabulary of {self._vocabulary}: render it with "
                 "the tokenizer of the model that is served."
             )
+        if request.json_schema is not None:
+            raise GrammarFailed(
+                "JSON schemas (response_format, a tool_choice that forces a call) need the embedded engine."
+            )
         if len(request.stop) > _MAX_STOPS:
             raise EngineError(f"{len(request.stop)} stop strings; SGLang takes at most {_MAX_STOPS}.")
 
@@ -236,8 +239,6 @@ class SGLangEngine:
             body["sampling_params"]["sampling_seed"] = sampling.seed
         if request.top_logprobs:
             body["top_logprobs_num"] = request.top_logprobs
-        if request.json_schema is not None:
-            body["sampling_params"]["json_schema"] = json.dumps(request.json_schema)
         if served.adapter is not None:
             body["lora_path"] = request.version
         seen, done, label = 0, False, worker.label
