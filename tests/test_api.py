@@ -351,3 +351,11 @@ async def test_keys_guard_the_endpoint_and_part_the_owners(base: BaseModel, stor
 async def test_without_keys_only_this_machine_is_served(world: World) -> None:
     response = await world.client.post("/v1/chat/completions", json=HELLO, headers={"Host": "evil.example:8000"})
     assert response.status_code == 403
+
+
+def test_no_line_break_of_any_kind_stands_in_an_event() -> None:
+    from app.api.chat import _data
+
+    told = _data(json.dumps({"text": "a\x85b\u2028c\u2029d"}, ensure_ascii=False))
+    assert len(told.splitlines()) == 2
+    assert json.loads(told.splitlines()[0].removeprefix("data: ")) == {"text": "a\x85b\u2028c\u2029d"}

@@ -25,6 +25,9 @@ Events = AsyncGenerator[tuple[int, ServiceEvent]]
 _SEEDS = 2**31  # an engine's seeds are 32 bits wide; a client's may be any number
 
 
+_LINE_BREAKS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
+
+
 class EventStream(StreamingResponse):
     """Server-sent events whose source is closed, and so cancelled, as soon as the client goes away."""
 
@@ -170,4 +173,5 @@ def _headers(started: Started) -> dict[str, str]:
 
 
 def _data(payload: str) -> str:
-    return f"data: {payload}\n\n"
+    """An event. What many clients take for the end of a line, and JSON may hold as it is, is escaped."""
+    return f"data: {payload.translate(_LINE_BREAKS)}\n\n"

@@ -221,11 +221,15 @@ def _refused(request: GenerateRequest, status: int, text: str) -> EngineError:
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    async for line in response.aiter_lines():
-        if line.startswith("data: ") and line != "data: [DONE]":
-            yield json.loads(line[6:])
-        elif line.startswith("error: "):
-            yield {"error": line[7:]}
+    rest = b""
+    async for piece in response.aiter_bytes():
+        # Not by aiter_lines: it splits at every Unicode line break, which JSON may hold as it is.
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
+                yield json.loads(line[6:])
+            elif line.startswith(b"error: "):
+                yield {"error": line[7:].decode(errors="replace")}
 
 
 def _cores() -> int:
