@@ -1,6 +1,7 @@
 """What a client asks of an answer, in both dialects: stop strings, logprobs, a schema, tools of its own."""
 
 import json
+import socket
 from contextlib import aclosing
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from serving.agent import Agent, Limits, ToolsTooLong
 from serving.dialects import make_dialect
 from serving.engines.base import GrammarFailed
-from serving.json_schema import BadSchema, check_grammar
+from serving.json_schema import BadSchema, check_grammar, holds
 from serving.terms import StopText, Terms
 from serving.trajectory import AnswerText, ClientCall
 from tests.fakes import ScriptedEngine
@@ -241,6 +242,16 @@ def test_a_schema_that_cannot_be_held_to_is_refused_by_its_path(schema, path):
 def test_what_forces_no_text_may_be_in_any_script():
     child = {"type": "object", "properties": {"child": {"$ref": "#/$defs/node"}}, "additionalProperties": False}
     check_grammar({"description": "Größe 😀", "$defs": {"node": child}, "$ref": "#/$defs/node", "examples": ["é"]})
+
+
+@pytest.mark.timeout(20)
+def test_to_look_at_an_answer_takes_no_pattern_s_time_and_fetches_nothing():
+    assert holds({"type": "string", "pattern": "^(a+)+$"}, json.dumps("a" * 60 + "!"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(0.2)
+        holds({"$dynamicRef": f"http://127.0.0.1:{listening.getsockname()[1]}/x"}, "{}")
+        with pytest.raises(TimeoutError):
+            listening.accept()
 
 
 async def test_an_answer_that_is_no_json_of_the_schema_is_an_error(make, name):

@@ -70,7 +70,9 @@ def checked(tool: BaseTool, schema: ToolSchema, arguments: str | Mapping[str, An
         arguments = {single[0]: arguments}
     given = dict(arguments)
     problems = (
-        _model_problems(tool, given) if not isinstance(tool.args_schema, dict) else _schema_problems(schema, given)
+        _model_problems(tool, given)
+        if not isinstance(tool.args_schema, dict)
+        else schema_problems(schema.parameters, given)
     )
     if problems:
         raise _wrong(tool.name, names, problems)
@@ -79,7 +81,7 @@ def checked(tool: BaseTool, schema: ToolSchema, arguments: str | Mapping[str, An
 
 def check_against_schema(schema: ToolSchema, given: dict[str, Any]) -> None:
     """Arguments of a tool that runs elsewhere. Raises BadArguments."""
-    if problems := _schema_problems(schema, given):
+    if problems := schema_problems(schema.parameters, given):
         raise _wrong(schema.name, list(schema.parameters.get("properties", {})), problems)
 
 
@@ -120,9 +122,9 @@ def _known(model: Any) -> set[str] | None:
     return set(model.model_fields) | aliases | {str(alias) for alias in validation}
 
 
-def _schema_problems(schema: ToolSchema, given: dict[str, Any]) -> list[str]:
-    """What a JSON schema says: that of a tool on another server."""
-    validator = _Validator(schema.parameters, registry=Registry())
+def schema_problems(schema: Mapping[str, Any], given: Any) -> list[str]:
+    """What a JSON schema of somebody else's says of a value, but for its patterns; nothing is fetched for it."""
+    validator = _Validator(schema, registry=Registry())
     problems = []
     try:
         for error in validator.iter_errors(given):
