@@ -133,7 +133,7 @@ def check_reach(store: Store, settings: Settings) -> None:
             "cors_origins has '*', and there is no API key: any web page that somebody on this machine opens could "
             "call the endpoint. Name the origins, or make a key with `whetstone keys add NAME`."
         )
-    known = {key.owner for key in store.api_keys()} | ring._owners
+    known = {key.owner for key in ring._stored.values()} | ring._owners
     if known and (unknown := [owner for owner in settings.key_tools if owner not in known | {LOCAL_OWNER}]):
         raise ValueError(
             f"key_tools names {unknown[0]!r}, which is no key's owner, so that it would hold nobody back: "

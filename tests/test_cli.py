@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from typer.testing import CliRunner
@@ -13,7 +16,7 @@ from app.cli import app
 from app.keys import check_reach
 from app.owners import owner_of
 from app.settings import Settings, SettingsError, load
-from feedback_store import Store
+from feedback_store import Scope, Store
 from serving.versions import install_shipped
 from tests.test_versions import publish
 
@@ -140,6 +143,16 @@ def test_an_open_host_needs_keys(store: Store) -> None:
     check_reach(store, load(host="0.0.0.0", cors_origins="*", key_tools={made["owner"]: ["code"]}))
     with pytest.raises(ValueError, match="key_tools"):
         check_reach(store, load(key_tools={"key-0123456789abcdef": ["code"]}))
+
+
+def test_a_command_starts_without_the_store_s_library() -> None:
+    heavy = "import sys, app.cli; print([name for name in ('sqlalchemy', 'torch', 'gradio') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_the_help_names_every_scope() -> None:
+    told = " ".join(run.invoke(app, ["keys", "add", "--help"], env={"COLUMNS": "200"}).output.split())
+    assert all(scope in told for scope in get_args(Scope))
 
 
 def test_keys_are_made_listed_and_revoked(store: Store) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, cast, get_args
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from app.commands import console
 from app.commands.console import AsJson
-from feedback_store.records import ApiKey, Scope
+
+if TYPE_CHECKING:
+    from feedback_store.records import ApiKey, Scope
 
 keys = typer.Typer(help="The API keys: who may call, for what, how often.", no_args_is_help=True)
 Name = Annotated[str, typer.Argument(help="Whose key it is, or what for; or its owner (key-…).")]
@@ -19,7 +21,8 @@ Name = Annotated[str, typer.Argument(help="Whose key it is, or what for; or its 
 def add(
     name: Annotated[str, typer.Argument(help="Whose key it is, or what for.")],
     scope: Annotated[
-        list[str] | None, typer.Option(help=f"Again for each: {', '.join(get_args(Scope))}. chat and feedback if none.")
+        list[str] | None,
+        typer.Option(help="Again for each: chat, feedback, admin, metrics. chat and feedback if none."),
     ] = None,
     days: Annotated[int | None, typer.Option(min=1, max=36_500, help="Until it expires.")] = None,
     per_minute: Annotated[int | None, typer.Option(min=1, help="Requests, instead of the settings'.")] = None,
@@ -28,7 +31,7 @@ def add(
 ) -> None:
     """Make a key. It is shown this once, and counts in a running server within seconds."""
     until = None if days is None else datetime.now(UTC) + timedelta(days=days)
-    scopes = cast(list[Scope], scope or ["chat", "feedback"])  # the store names one that isn't any
+    scopes = cast("list[Scope]", scope or ["chat", "feedback"])  # the store names one that isn't any
     with console.opened_store() as store:
         first = not store.api_keys() and not console.settings().api_keys
         made, key = store.add_key(name, scopes, until, per_minute, at_once)
