@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 import anyio
 
 from app.metrics import Metrics
-from feedback_store import NotFound, Outcome, Store, StoreError
+from feedback_store import Conversation, NotFound, Outcome, Store, StoreError
 from feedback_store.records import FinalStatus, Turn
 from online_rl import verifiers
 from serving.engines.base import EngineError, PromptTooLong, Sampling
@@ -157,7 +157,7 @@ class Service:
             stack.push_async_exit(recording.close)
             context = ToolContext(question.owner, started.conversation_id, started.turn_id)
             events = self._agent.answer(
-                question.messages, version, question.sampling, None, context, allowed, question.terms
+                question.messages, version, question.sampling, None, context, allowed, question.terms, prompt_ids
             )
             stack.push_async_callback(events.aclose)
             watch.started(version, started.prompt_tokens)
@@ -208,6 +208,13 @@ class Service:
             return self.store.add_outcome(turn_id, source, value, verifier or "", gold or "", why, owner, no_task)
 
         return await self.call(judge)
+
+    def own_conversation(self, conversation_id: str, owner: str) -> Conversation:
+        """Blocks. Raises NotFound for another owner's too: nobody may tell it apart from none."""
+        found = self.store.conversation(conversation_id)
+        if found.owner != owner:
+            raise NotFound("conversation", conversation_id)
+        return found
 
     async def health(self) -> tuple[bool, dict[str, object]]:
         """Whether answers can be given and recorded, and a report with a line for each part."""
@@ -269,8 +276,8 @@ class Service:
             conversation_id = question.conversation_id
             if conversation_id is None:
                 conversation_id = self.store.create_conversation(question.owner)
-            elif self.store.conversation(conversation_id).owner != question.owner:
-                raise NotFound("conversation", conversation_id)  # another's is told apart from none by nobody
+            else:
+                self.own_conversation(conversation_id, question.owner)
             turn_id = self.store.begin_turn(
                 conversation_id,
                 question.messages,

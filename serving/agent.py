@@ -112,18 +112,21 @@ class Agent:
         context: ToolContext = NOBODY,
         allowed: Collection[str] | None = None,
         terms: Terms = _NO_TERMS,
+        prompt_ids: list[int] | None = None,
     ) -> AsyncGenerator[Event, None]:
         """Answer the conversation, as events. Closing the generator cancels, and aborts the engine's request.
 
         `call` replaces the running of tools (training replays results within a group); None runs them for real, for
         the owner and the conversation of `context`. `allowed` are the tools that the prompt lists and the policy may
         use, None for all. `sampling.max_tokens` bounds each generation. `terms`: what else the client asks.
+        `prompt_ids`: what `render` has made of the same, where that was done already.
         """
         sampling = sampling or Sampling()
         if allowed is None:
             allowed = self.toolbox.names()  # tools may come and go; an answer keeps to its prompt's
         run = call or partial(self.run_tool, context=context, allowed=allowed)
-        prompt_ids = self.render(messages, allowed, terms)
+        if prompt_ids is None:
+            prompt_ids = self.render(messages, allowed, terms)
         ids_so_far = list(prompt_ids)
         steps: list[Step] = []
         spent = 0  # own tokens so far

@@ -9,9 +9,8 @@ from typing import Any
 
 from feedback_store import Store
 from serving.manifest import CorruptVersion, Manifest, read_version, write_version
-from serving.model import BaseModel
-
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+from serving.model import LORA_TARGETS, BaseModel
+from serving.tensors import tensor_shapes
 
 
 def install_fresh(store: Store, home: Path, base: BaseModel, rank: int) -> None:
@@ -42,12 +41,15 @@ def write_fresh(folder: Path, base: BaseModel, rank: int) -> Manifest:
             tensors[f"base_model.model.{name}.lora_A.weight"] = a.to(torch.float16)
             tensors[f"base_model.model.{name}.lora_B.weight"] = torch.zeros(rows, rank, dtype=torch.float16)
         if not tensors:
-            raise ValueError(f"{base.hf_dir} has none of the layers {', '.join(TARGETS)}, so no LoRA version of it.")
+            raise ValueError(
+                f"{base.hf_dir} has none of the layers {', '.join(LORA_TARGETS)}, so no LoRA version of it."
+            )
         save_file(tensors, work / "adapter_model.safetensors", {"format": "pt"})
         config: dict[str, Any] = {
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0,
-            "bias": "none", "target_modules": list(TARGETS), "base_model_name_or_path": None, "inference_mode": True,
-            "use_dora": False, "use_rslora": False, "modules_to_save": None, "fan_in_fan_out": False,
+            "bias": "none", "target_modules": list(LORA_TARGETS), "base_model_name_or_path": None,
+            "inference_mode": True, "use_dora": False, "use_rslora": False, "modules_to_save": None,
+            "fan_in_fan_out": False,
         }  # fmt: skip
         (work / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -63,15 +65,10 @@ def write_fresh(folder: Path, base: BaseModel, rank: int) -> Manifest:
 
 def _linear_layers(hf_dir: Path) -> dict[str, tuple[int, int]]:
     """(rows, columns) of the weights that adapters go on, by module."""
-    from safetensors import safe_open
-
     found = {}
-    for file in sorted(hf_dir.glob("*.safetensors")):
-        with safe_open(file, framework="np") as weights:
-            opened: Any = weights
-            for name in opened.keys():  # noqa: SIM118 - not a mapping
-                module = name.removesuffix(".weight")
-                if module.rsplit(".")[-1] in TARGETS and name.endswith(".weight"):
-                    rows, columns = opened.get_slice(name).get_shape()
-                    found[module] = (rows, columns)
+    for name, shape in tensor_shapes(hf_dir).items():
+        module = name.removesuffix(".weight")
+        if module.rsplit(".")[-1] in LORA_TARGETS and name.endswith(".weight"):
+            rows, columns = shape
+            found[module] = (rows, columns)
     return found

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 BASE_ID = "SmolLM2-135M-Instruct"
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # Llama's linear layers
 _LAYOUT = "3"  # raise it when what is written below changes: an older folder is then made anew
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,9 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import BaseModel
 from referencing import Registry
 
+TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+# What actions and observations are called: a tool of this name couldn't be told from them.
+RESERVED = frozenset({"answer", "call", "invalid", "response", "think"})
 _LONGEST_PROBLEM = 400  # characters
 # Who wrote a schema may not be who runs this: a pattern could take for ever, and a reference fetch a page. The server
 # that owns the schema checks its patterns itself; references are looked up in the schema alone.

@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 import json
 import logging
-import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
@@ -21,7 +20,7 @@ from typing import Any
 
 from langchain_core.tools import BaseTool
 
-from tools.arguments import BadArguments, ToolSchema, checked, schema_of
+from tools.arguments import RESERVED, TOOL_NAME, BadArguments, ToolSchema, checked, schema_of
 from tools.calling import ToolOutcome, call_tool, failed, guard
 from tools.context import NOBODY, ToolContext, config_of
 from tools.text import clean, cut
@@ -32,10 +31,6 @@ log = logging.getLogger(__name__)
 
 Audit = Callable[[dict[str, Any]], None]
 """Takes one JSON-serialisable line. What it raises is logged, and costs nobody an answer."""
-
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-# What actions and observations are called: a tool of this name couldn't be told from them.
-_RESERVED = frozenset({"answer", "call", "invalid", "response", "think"})
 
 
 @dataclass(frozen=True)
@@ -75,10 +70,10 @@ class Toolbox:
         """
         more: dict[str, _Entry] = {}
         for tool in tools:
-            if not _NAME.fullmatch(tool.name) or tool.name in _RESERVED:
+            if not TOOL_NAME.fullmatch(tool.name) or tool.name in RESERVED:
                 raise ValueError(
                     f"A tool can't be called {tool.name[:80]!r}: a name has 1 to 64 of the characters A-Z, a-z, 0-9, _ "
-                    f"and -, and isn't one of {', '.join(sorted(_RESERVED))}."
+                    f"and -, and isn't one of {', '.join(sorted(RESERVED))}."
                 )
             if tool.name in more:
                 raise ValueError(_taken(tool.name))

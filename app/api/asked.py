@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
 from app.api.errors import ApiError
@@ -11,10 +10,9 @@ from app.api.schema import ChatRequest, JsonSchemaFormat, MessageIn, NamedChoice
 from serving.dialects.base import BARE
 from serving.json_schema import BadSchema, check_grammar, check_schema
 from serving.terms import ANY_OBJECT, Terms
-from tools.arguments import ToolSchema
+from tools.arguments import RESERVED, TOOL_NAME, ToolSchema
 
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_RESERVED = {"answer", "call", "invalid", "response", "think", *BARE}  # what the dialects call actions
+_TAKEN = RESERVED | BARE.keys()
 _MOST_TOOLS = 128  # OpenAI's limit
 _MOST_CHARACTERS = 64_000  # of all tools: to check and to tokenize them takes the server's time
 _NOTHING = {"type": "object", "properties": {}}
@@ -91,11 +89,11 @@ def _tools(body: ChatRequest) -> tuple[ToolSchema, ...]:
     tools: dict[str, ToolSchema] = {}
     for index, tool in enumerate(given):
         at, function = f"tools.{index}.function", tool.function
-        if not _NAME.fullmatch(function.name) or function.name in _RESERVED:
+        if not TOOL_NAME.fullmatch(function.name) or function.name in _TAKEN:
             raise _bad(
                 f"{at}.name",
                 f"a tool can't be called {function.name[:80]!r}: a name has 1 to 64 of the characters A-Z, a-z, 0-9, _ "
-                f"and -, and isn't one of {', '.join(sorted(_RESERVED))}.",
+                f"and -, and isn't one of {', '.join(sorted(_TAKEN))}.",
             )
         if function.name in tools:
             raise _bad(f"{at}.name", f"two tools are called {function.name!r}.")
@@ -124,7 +122,7 @@ def _must_call(body: ChatRequest, tools: tuple[ToolSchema, ...]) -> tuple[str, .
 
 
 def _check_call(at: str, name: str, arguments: str) -> None:
-    if not _NAME.fullmatch(name):
+    if not TOOL_NAME.fullmatch(name):
         raise _bad(f"{at}.function.name", f"{name[:80]!r} is no name of a tool.")
     try:
         sound = isinstance(json.loads(arguments), dict)

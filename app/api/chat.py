@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -43,7 +42,7 @@ def router(service: Service, settings: Settings) -> APIRouter:
 
     @routes.post("/chat/completions", summary="Answer a conversation")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        question = replace(to_question(body, request.state.owner, settings), request_id=request.state.request_id)
+        question = to_question(body, request.state.owner, settings, request.state.request_id)
         answers = [service.answer(each) for each in choices.questions(question, body.n or 1)]
         started = await choices.begin(answers)
         events = choices.together(answers)
@@ -68,7 +67,7 @@ def router(service: Service, settings: Settings) -> APIRouter:
     return routes
 
 
-def to_question(body: ChatRequest, owner: str, settings: Settings) -> Question:
+def to_question(body: ChatRequest, owner: str, settings: Settings, request_id: str) -> Question:
     """The request, checked, with the settings' defaults where it leaves something open. Raises ApiError."""
     if refused := body.unsupported():
         param, message = refused
@@ -97,6 +96,7 @@ def to_question(body: ChatRequest, owner: str, settings: Settings) -> Question:
         gold=metadata.gold if metadata else None,
         terms=to_terms(body),
         server_tools=metadata is None or metadata.server_tools == "all",
+        request_id=request_id,
     )
 
 

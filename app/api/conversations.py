@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request
 
 from app.api.errors import ApiError
 from app.service import Service
-from feedback_store import Conversation, InvalidRecord, NotFound, Turn
+from feedback_store import Conversation, InvalidRecord, Turn
 
 Limit = Annotated[int, Query(ge=1, le=100)]
 After = Annotated[str | None, Query(description="the last id of the page before")]
@@ -18,12 +18,6 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(prefix="/v1/conversations")
     store = service.store
 
-    def own(conversation_id: str, owner: str) -> Conversation:
-        found = store.conversation(conversation_id)
-        if found.owner != owner:
-            raise NotFound("conversation", conversation_id)  # another's is told apart from none by nobody
-        return found
-
     @routes.get("", summary="One's own conversations, the newest first")
     async def listing(request: Request, limit: Limit = 20, after: After = None) -> dict[str, Any]:
         found = await service.call(store.conversations_page, request.state.owner, limit + 1, after)
@@ -32,7 +26,7 @@ def router(service: Service) -> APIRouter:
     @routes.get("/{conversation_id}", summary="A conversation with its turns, the oldest first")
     async def read(conversation_id: str, request: Request, limit: Limit = 100, after: After = None) -> dict[str, Any]:
         def look() -> dict[str, Any]:
-            found = own(conversation_id, request.state.owner)
+            found = service.own_conversation(conversation_id, request.state.owner)
             turns = store.turns_page(conversation_id, limit + 1, after)
             return _conversation(found) | {"turns": _page([_turn(turn) for turn in turns], limit)}
 
@@ -41,7 +35,7 @@ def router(service: Service) -> APIRouter:
     @routes.delete("/{conversation_id}", summary="Delete a conversation with its files; says what learning keeps")
     async def delete(conversation_id: str, request: Request) -> dict[str, Any]:
         def erase() -> dict[str, Any]:
-            own(conversation_id, request.state.owner)
+            service.own_conversation(conversation_id, request.state.owner)
             gone = store.delete_conversation(conversation_id)
             if service.workspaces is not None:
                 service.workspaces.forget(conversation_id)

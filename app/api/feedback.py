@@ -10,15 +10,13 @@ from app.api import wire
 from app.api.errors import ApiError
 from app.api.schema import FeedbackRequest
 from app.service import Service
-from feedback_store import NotFound
 
 
 def router(service: Service) -> APIRouter:
     routes = APIRouter(prefix="/v1")
 
     def last_turn(conversation_id: str, owner: str) -> str:
-        if service.store.conversation(conversation_id).owner != owner:
-            raise NotFound("conversation", conversation_id)  # another's is told apart from none by nobody
+        service.own_conversation(conversation_id, owner)
         turns = service.store.turns(conversation_id)
         finished = next((turn.id for turn in turns if turn.status not in ("running", "interrupted")), None)
         if finished is None:

@@ -18,7 +18,6 @@ from app.api.errors import ApiError
 from app.api.schema import ConversationRequest
 from app.artifacts import file_path
 from app.service import Service
-from feedback_store import Conversation, NotFound
 from tools.file_rules import UNKNOWN, media_type_of
 from tools.python.backend import File
 from tools.workspace import FileInfo, Workspaces
@@ -112,11 +111,7 @@ def described(conversation_id: str, info: FileInfo) -> dict[str, Any]:
 async def own_files(service: Service, owner: str, conversation_id: str) -> Workspaces:
     """The files, for the owner of the conversation. Raises NotFound for anybody else, and ApiError without files."""
 
-    def look() -> Conversation:
-        return service.store.conversation(conversation_id)
-
-    if (await service.call(look)).owner != owner:
-        raise NotFound("conversation", conversation_id)  # another's is told apart from none by nobody
+    await service.call(service.own_conversation, conversation_id, owner)
     if service.workspaces is None:
         raise ApiError(503, "this server keeps no files.", "files_unavailable")
     return service.workspaces

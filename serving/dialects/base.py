@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from serving.trajectory import ActionKind, AnswerText, Thinking
-from tools.arguments import ToolSchema
+from tools.arguments import TOOL_NAME, ToolSchema
 
 LAST = "No more tools. Give the answer now."
 _CUT = " [cut]"
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # Tools whose input is one text, which is shown, recorded and replayed as it is: the name of its argument.
 BARE = {"code": "code", "search": "query"}
 
@@ -148,7 +147,7 @@ def read_call(text: str) -> Call:
             found["arguments"] = json.loads(found["arguments"], parse_constant=_no_constant)  # as OpenAI's wire has it
     except (ValueError, RecursionError) as error:
         raise _malformed(str(error) if isinstance(error, ValueError) else "it is nested too deeply") from error
-    if not isinstance(found, dict) or not isinstance(name := found.get("name"), str) or not _NAME.fullmatch(name):
+    if not isinstance(found, dict) or not isinstance(name := found.get("name"), str) or not TOOL_NAME.fullmatch(name):
         raise _malformed('"name" must be the name of a tool')
     arguments = found.get("arguments")
     if arguments is not None and not isinstance(arguments, dict):

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from serving.engines.base import EngineError, FinishReason, GenerateRequest, PromptTooLong, TokenChunk, UnknownVersion
 from serving.engines.gguf_export import UnsupportedModel, write_adapter
+from serving.engines.users import Users
 from serving.model import BaseModel
 
 _TOP_P_AMONG = 1024  # top_p sorts its candidates: the whole vocabulary takes longer than the model itself
@@ -31,17 +32,13 @@ _FINISH: dict[str, FinishReason] = {"eos": "eos", "word": "stop", "limit": "leng
 @dataclass
 class _Served:
     """One version's server. `free` has the slots that no request uses and the tokens in each one's KV cache, the one
-    that has waited longest first; `room` counts them; `busy` counts what is in flight."""
+    that has waited longest first; `room` counts them."""
 
     server: Any
     client: httpx.AsyncClient
     free: dict[int, list[int]]
     room: asyncio.Semaphore
-    busy: int = 0
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def __post_init__(self) -> None:
-        self.idle.set()
+    users: Users = field(default_factory=Users)
 
     def take_slot(self, token_ids: list[int]) -> int:
         """The slot that this request continues, else the one idle for longest.
@@ -86,7 +83,7 @@ class LlamaCppEngine:
     async def unload(self, version: str) -> None:
         served = self._served.pop(version, None)
         if served is not None:
-            await served.idle.wait()
+            await served.users.idle.wait()
             await served.client.aclose()
             await asyncio.to_thread(served.__dict__.pop, "server")  # its destructor joins the server's threads
 
@@ -114,9 +111,7 @@ class LlamaCppEngine:
             )
         if not request.token_ids:
             raise EngineError("The prompt is empty.")
-        served.busy += 1
-        served.idle.clear()
-        try:
+        with served.users.one():
             async with served.room:
                 slot, context = served.take_slot(request.token_ids), list(request.token_ids)
                 try:
@@ -125,10 +120,6 @@ class LlamaCppEngine:
                         yield chunk
                 finally:
                     served.free[slot] = context
-        finally:
-            served.busy -= 1
-            if not served.busy:
-                served.idle.set()
 
     async def _stream(
         self, served: _Served, request: GenerateRequest, slot: int, limit: int

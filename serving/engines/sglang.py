@@ -21,6 +21,7 @@ from typing import Any
 from serving.engines.base import EngineError, GenerateRequest, GrammarFailed, PromptTooLong, TokenChunk, UnknownVersion
 from serving.engines.sglang_checks import check_adapter, vocabulary
 from serving.engines.sglang_worker import AdapterGone, Description, Patience, Refused, Worker, WorkerFailed
+from serving.engines.users import Users
 
 log = logging.getLogger(__name__)
 
@@ -31,25 +32,10 @@ _SAME = 0.05  # nats: far over rounding, far under what a temperature of a half 
 
 @dataclass
 class Served:
-    """One version. `adapter`: its folder, None for the base weights; `idle` is set while nothing is in flight."""
+    """One version. `adapter`: its folder, None for the base weights."""
 
     adapter: Path | None
-    busy: int = 0
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def __post_init__(self) -> None:
-        self.idle.set()
-
-    @contextlib.contextmanager
-    def in_use(self) -> Any:
-        self.busy += 1
-        self.idle.clear()
-        try:
-            yield
-        finally:
-            self.busy -= 1
-            if not self.busy:
-                self.idle.set()
+    users: Users = field(default_factory=Users)
 
 
 class SGLangEngine:
@@ -150,7 +136,7 @@ class SGLangEngine:
         served = self.versions.pop(version, None)
         if served is None:
             return
-        await served.idle.wait()
+        await served.users.idle.wait()
         async with self.changing:
             if served.adapter is not None and version not in self.versions:  # it may have been loaded again
                 able = [worker for worker in self.workers if not worker.problem]
@@ -180,7 +166,7 @@ class SGLangEngine:
         self._check(request)
         began = False
         tried: set[Worker] = set()
-        with served.in_use():
+        with served.users.one():
             while True:
                 worker = self._choose(tried)
                 try:

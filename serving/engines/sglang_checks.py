@@ -9,14 +9,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from serving.engines.base import EngineError
 from serving.engines.sglang_worker import Description
-
-Shapes = dict[str, tuple[int, ...]]
+from serving.tensors import Shapes, tensor_shapes
 
 _LORA = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
 
@@ -28,7 +26,7 @@ def check_adapter(version: str, path: Path, server: Description) -> str:
     """
     try:
         config = json.loads((path / "adapter_config.json").read_text())
-        shapes = _shapes(path, "adapter_model.safetensors")
+        shapes = tensor_shapes(path, "adapter_model.safetensors")
         rank, targets = int(config["r"]), config["target_modules"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise EngineError(f"Version {version!r} can't be loaded: {path} isn't a LoRA adapter ({error}).") from error
@@ -101,17 +99,7 @@ def vocabulary(model_path: str) -> int | None:
 
 def _model_shapes(path: str) -> Shapes:
     """Of every tensor in the folder, or none where there is no such folder here."""
-    shapes = _shapes(Path(path), "*.safetensors") if Path(path).is_dir() else {}
+    shapes = tensor_shapes(Path(path)) if Path(path).is_dir() else {}
     if "lm_head.weight" in shapes and shapes["lm_head.weight"] == shapes.get("model.embed_tokens.weight"):
         del shapes["lm_head.weight"]  # tied: some files hold it, some don't
-    return shapes
-
-
-def _shapes(folder: Path, pattern: str) -> Shapes:
-    """Opening a file checks that it is as long as its header says."""
-    shapes: Shapes = {}
-    for file in sorted(folder.glob(pattern)):
-        with safe_open(file, framework="np") as opened:
-            opened_: Any = opened
-            shapes |= {name: tuple(opened_.get_slice(name).get_shape()) for name in opened_.keys()}  # noqa: SIM118
     return shapes

@@ -23,10 +23,10 @@ from pathlib import Path
 import httpx
 
 from serving.engines.base import EngineError
+from serving.model import LORA_TARGETS
 
 log = logging.getLogger(__name__)
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _TAIL = 15  # lines of its log that an error shows
 _STEADY_S = 300.0  # up for so long, a server's next crash is a first one again
 _LONGEST_PAUSE_S = 60.0
