@@ -16,7 +16,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help run test test-sglang learn bench-sandbox test-swap bench-swap lint types setup bubblewrap chromium clean
+.PHONY: help run test test-sglang learn bench-sandbox test-swap bench-swap lint types setup bubblewrap chromium postgresql clean
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -36,7 +36,7 @@ help:
 run: setup
 	@exec $(BIN)/whetstone up
 
-test: setup chromium
+test: setup chromium postgresql
 	@$(BIN)/python -m pytest
 
 test-sglang: setup .venv-sglang/ready
@@ -106,6 +106,14 @@ chromium:
 	    echo "==> Installing chromium, for the tests that drive the chat"; \
 	    { $(APT) update && $(APT) install -y --no-install-recommends chromium fonts-dejavu-core >/dev/null; } || true; fi; \
 	  command -v chromium >/dev/null || echo "Note: chromium is missing, so the browser tests are skipped. Install it: sudo apt-get install chromium"; }
+
+# The server that the tests start for themselves; the one that the package would start is none of theirs.
+postgresql:
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || { \
+	  if [ -n "$(SUDO)" ] && command -v apt-get >/dev/null; then \
+	    echo "==> Installing PostgreSQL, for the tests of the store on it"; \
+	    { $(APT) update && $(APT) install -y --no-install-recommends postgresql >/dev/null; } || true; fi; \
+	  ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || echo "Note: PostgreSQL is missing, so the store's tests on it are skipped. Install it: sudo apt-get install postgresql"; }
 
 clean:
 	rm -rf .venv .venv-sglang build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

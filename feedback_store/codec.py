@@ -54,5 +54,10 @@ def clean(text: str) -> str:
 
 
 def to_json(value: Any) -> str:
-    """JSON that people can read in the file; what JSON has no word for (a path, a date) becomes its `str`."""
-    return clean(json.dumps(value, ensure_ascii=False, default=str))
+    """JSON that people can read in the file; what JSON has no word for (a path, a date, NaN) becomes its `str`."""
+    try:
+        written = json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:  # NaN or infinity: PostgreSQL takes none, and other readers of JSON don't either
+        plain = json.loads(json.dumps(value, default=str), parse_constant=str)
+        written = json.dumps(plain, ensure_ascii=False)
+    return clean(written)

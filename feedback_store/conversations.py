@@ -12,6 +12,7 @@ from feedback_store.codec import pack_ids, pack_logprobs, pack_mask, unpack_ids,
 from feedback_store.database import Database
 from feedback_store.errors import InvalidRecord, NotFound
 from feedback_store.ids import new_id
+from feedback_store.postgres import Lock, hold
 from feedback_store.processes import Process, is_alive, this_process
 from feedback_store.records import Conversation, FinalStatus, Message, StepLike, StoredStep, Turn
 from feedback_store.schema import conversations, steps, turns
@@ -79,7 +80,8 @@ def _last_user_message(messages: list[Message]) -> Message | None:
 
 
 def _status_of_open_turn(connection: Connection, turn_id: str) -> str:
-    status = connection.execute(select(turns.c.status).where(turns.c.id == turn_id)).scalar()
+    """Nobody else ends the turn, or adds to it, before the transaction is over."""
+    status = connection.execute(select(turns.c.status).where(turns.c.id == turn_id).with_for_update()).scalar()
     if status is None:
         raise NotFound("turn", turn_id)
     if status not in _OPEN:
@@ -167,8 +169,12 @@ class Conversations(Database):
         packed = pack_ids(prompt_ids)
         turn_id, now, me = new_id("turn"), self._now(), this_process()
         with self._write() as connection:
+            if stays:
+                hold(connection, Lock.VERSIONS, shared=True)
             row = connection.execute(
-                select(conversations.c.title, conversations.c.version).where(conversations.c.id == conversation_id)
+                select(conversations.c.title, conversations.c.version)
+                .where(conversations.c.id == conversation_id)
+                .with_for_update()
             ).first()
             if row is None:
                 raise NotFound("conversation", conversation_id)
@@ -297,9 +303,10 @@ class Conversations(Database):
         left = 0
         with self._write() as connection:
             running = connection.execute(
-                select(turns.c.id, turns.c.host, turns.c.pid, turns.c.process_started, turns.c.created_at).where(
-                    turns.c.status == "running"
-                )
+                select(turns.c.id, turns.c.host, turns.c.pid, turns.c.process_started, turns.c.created_at)
+                .where(turns.c.status == "running")
+                .order_by(turns.c.id)
+                .with_for_update(skip_locked=True)  # one that is written to lives
             ).all()
             for row in running:
                 alive = is_alive(Process(row.host, row.pid, row.process_started))

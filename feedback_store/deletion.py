@@ -26,10 +26,8 @@ class Deletion(Database):
         no run has ever claimed. Raises InvalidRecord while an answer is under way."""
         its = select(turns.c.id).where(turns.c.conversation_id == conversation_id)
         with self._write() as connection:
-            if (
-                connection.execute(select(conversations.c.id).where(conversations.c.id == conversation_id)).first()
-                is None
-            ):
+            itself = select(conversations.c.id).where(conversations.c.id == conversation_id).with_for_update()
+            if connection.execute(itself).first() is None:
                 raise NotFound("conversation", conversation_id)
             if connection.execute(its.where(turns.c.status == "running")).first() is not None:
                 raise InvalidRecord(

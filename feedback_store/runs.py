@@ -33,7 +33,7 @@ def _run(row: Row[Any], stages: list[RunStage]) -> Run:
 
 
 def _check_running(connection: Connection, run_id: str) -> None:
-    status = connection.execute(select(runs.c.status).where(runs.c.id == run_id)).scalar()
+    status = connection.execute(select(runs.c.status).where(runs.c.id == run_id).with_for_update()).scalar()
     if status is None:
         raise NotFound("run", run_id)
     if status != "running":

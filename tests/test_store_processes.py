@@ -1,4 +1,4 @@
-"""Server and trainer share the file: claims are exclusive, and a process that is killed loses nothing acknowledged."""
+"""Server and trainer share the store: claims are exclusive, and a process that is killed loses nothing acknowledged."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 from collections import Counter
@@ -20,9 +19,10 @@ import pytest
 from feedback_store import Store, StoreError
 from feedback_store.database import parse_location
 from feedback_store.migrate import bring_up_to_date
+from tests.databases import Places, edit, rows
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are told apart by /proc")
-PROCESSES = 10
+PROCESSES = 16
 
 
 def at_once(work: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -48,9 +48,9 @@ def at_once(work: Callable[..., Any], *arguments: Any) -> list[Any]:
     return gathered
 
 
-def claim_all(path: Path) -> list[str]:
+def claim_all(place: str) -> list[str]:
     done: list[str] = []
-    with Store.open(path) as store:
+    with Store.open(place) as store:
         run = store.start_run("r", {})
         while claimed := store.claim(run, 3):
             done += store.complete(run, [task.id for task in claimed[:2]])
@@ -58,50 +58,49 @@ def claim_all(path: Path) -> list[str]:
     return done
 
 
-def test_processes_that_claim_at_once_never_share_a_task(tmp_path: Path) -> None:
-    path = tmp_path / "s.db"
-    with Store.open(path) as store:
+def test_processes_that_claim_at_once_never_share_a_task(place: str) -> None:
+    with Store.open(place) as store:
         ids = {store.add_task([{"role": "user", "content": str(n)}], "math", "1", "k", "s")[0] for n in range(60)}
-        counts = Counter(task_id for done in at_once(claim_all, path) for task_id in done)
+        counts = Counter(task_id for done in at_once(claim_all, place) for task_id in done)
         assert set(counts) == ids
         assert set(counts.values()) == {1}
         assert store.queue_stats()["done"] == len(ids)
 
 
-def rate(path: Path, turn_id: str) -> list[tuple[str | None, str]]:
-    with Store.open(path) as store:
+def rate(place: str, turn_id: str) -> list[tuple[str | None, str]]:
+    with Store.open(place) as store:
         outcomes = [store.add_outcome(turn_id, "client", 1.0, "math", str(gold)) for gold in range(5)]
     return [(outcome.task_id, outcome.note) for outcome in outcomes]
 
 
-def test_outcomes_from_many_processes_make_each_task_once(tmp_path: Path) -> None:
-    path = tmp_path / "s.db"
-    with Store.open(path) as store:
+def test_outcomes_from_many_processes_make_each_task_once(place: str) -> None:
+    with Store.open(place) as store:
         turn_id = store.begin_turn(store.create_conversation("ada"), [{"role": "user", "content": "?"}], "v0", [])
-        answers = [answer for answered in at_once(rate, path, turn_id) for answer in answered]
+        answers = [answer for answered in at_once(rate, place, turn_id) for answer in answered]
         assert {task.id for task in store.tasks()} == {task_id for task_id, _ in answers}
         assert len(store.tasks()) == 5
         assert sum(note == "" for _, note in answers) == 5
         assert len(store.outcomes(turn_id)) == PROCESSES * 5
 
 
-def open_and_write(path: Path) -> str:
-    with Store.open(path) as store:
+def open_and_write(place: str) -> str:
+    with Store.open(place) as store:
         return store.create_conversation("ada")
 
 
-def test_processes_may_create_the_file_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "s.db"
-    conversations = at_once(open_and_write, path)
-    with Store.open(path) as store:
+def test_processes_may_create_the_store_at_once(places: Places) -> None:
+    place = places.blank()
+    conversations = at_once(open_and_write, place)
+    with Store.open(place) as store:
         assert {c.id for c in store.conversations()} == set(conversations)
 
 
-def test_processes_that_open_an_old_file_at_once_migrate_it_once(tmp_path: Path) -> None:
-    path = tmp_path / "s.db"
-    bring_up_to_date(parse_location(path), 5, revision="0001")
-    assert len(set(at_once(open_and_write, path))) == PROCESSES
-    assert len(list(tmp_path.glob("*.bak"))) == 1
+def test_processes_that_open_an_old_store_at_once_migrate_it_once(places: Places) -> None:
+    place = places.blank()
+    bring_up_to_date(parse_location(place), 5, revision="0001")
+    assert len(set(at_once(open_and_write, place))) == PROCESSES
+    if places.kind == "sqlite":
+        assert len(list(Path(place).parent.glob("*.bak"))) == 1
 
 
 WRITER = """
@@ -117,10 +116,9 @@ for n in range(10**6):
 """
 
 
-def test_a_killed_writer_loses_nothing_acknowledged(tmp_path: Path) -> None:
-    path = tmp_path / "s.db"
-    with Store.open(path) as store:
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+def test_a_killed_writer_loses_nothing_acknowledged(place: str, places: Places) -> None:
+    with Store.open(place) as store:
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, place], stdout=subprocess.PIPE, text=True)
         assert writer.stdout is not None
         turn_id = writer.stdout.readline().strip()
         acknowledged = [int(writer.stdout.readline()) for _ in range(20)]
@@ -140,18 +138,15 @@ def test_a_killed_writer_loses_nothing_acknowledged(tmp_path: Path) -> None:
         assert all(s.observation and s.observation.text == f"seen {s.index}" for s in turn.steps)
         assert store.turn(mine).status == "running"
         assert store.recover() == 0
-    with sqlite3.connect(path) as connection:
-        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    if places.kind == "sqlite":
+        assert rows(place, "PRAGMA integrity_check") == [("ok",)]
 
 
-def test_a_turn_of_another_host_is_left_alone_until_it_is_old(tmp_path: Path) -> None:
-    path = tmp_path / "s.db"
+def test_a_turn_of_another_host_is_left_alone_until_it_is_old(place: str) -> None:
     time = datetime(2026, 1, 1, tzinfo=UTC)
-    with Store.open(path, now=lambda: time) as store:
+    with Store.open(place, now=lambda: time) as store:
         turn_id = store.begin_turn(store.create_conversation("me"), [{"role": "user", "content": "hi"}], "v0", [])
-        with sqlite3.connect(path) as connection:
-            connection.execute("UPDATE turns SET host = 'elsewhere', pid = 1")
-        connection.close()
+        edit(place, "UPDATE turns SET host = 'elsewhere', pid = 1")
         time += timedelta(hours=23)
         assert store.recover() == 0
         time += timedelta(hours=2)
@@ -161,12 +156,11 @@ def test_a_turn_of_another_host_is_left_alone_until_it_is_old(tmp_path: Path) ->
         assert store.turn(turn_id).status == "done"
 
 
-def test_a_run_whose_process_died_is_not_alive(tmp_path: Path) -> None:
-    path = tmp_path / "s.db"
+def test_a_run_whose_process_died_is_not_alive(place: str) -> None:
     start = "import sys; from feedback_store import Store; print(Store.open(sys.argv[1]).start_run('r', {}))"
-    started = subprocess.run([sys.executable, "-c", start, str(path)], capture_output=True, text=True, check=True)
+    started = subprocess.run([sys.executable, "-c", start, place], capture_output=True, text=True, check=True)
     run_id = started.stdout.strip()
-    with Store.open(path) as store:
+    with Store.open(place) as store:
         assert (store.run(run_id).status, store.run(run_id).alive) == ("running", False)
         store.set_stage(run_id, "train", {"resumed": True})
         assert store.run(run_id).alive
@@ -174,8 +168,8 @@ def test_a_run_whose_process_died_is_not_alive(tmp_path: Path) -> None:
         assert store.run(run_id).alive is None
 
 
-def test_a_store_is_not_carried_across_a_fork(tmp_path: Path) -> None:
-    with Store.open(tmp_path / "s.db") as store:
+def test_a_store_is_not_carried_across_a_fork(place: str) -> None:
+    with Store.open(place) as store:
         store.create_conversation("ada")
         reading, writing = os.pipe()
         child = os.fork()
