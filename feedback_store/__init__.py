@@ -1,6 +1,6 @@
 """The record of conversations, outcomes, tasks, versions and runs. Open it with `Store.open(path)`."""
 
-from feedback_store.errors import DamagedRecord, InvalidRecord, NotFound, QueueFull, StoreError
+from feedback_store.errors import DamagedRecord, InvalidRecord, NotFound, QueueFull, RunUnderWay, StoreError
 from feedback_store.records import (
     ApiKey,
     Canary,
@@ -43,6 +43,7 @@ __all__ = [
     "Run",
     "RunStage",
     "RunTask",
+    "RunUnderWay",
     "Scope",
     "StepLike",
     "Store",

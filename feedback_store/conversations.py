@@ -13,7 +13,8 @@ from feedback_store.database import Database
 from feedback_store.errors import InvalidRecord, NotFound
 from feedback_store.ids import new_id
 from feedback_store.postgres import Lock, hold
-from feedback_store.processes import Process, is_alive, this_process
+from feedback_store.presence import lives
+from feedback_store.processes import Process, this_process
 from feedback_store.records import Conversation, FinalStatus, Message, StepLike, StoredStep, Turn
 from feedback_store.schema import conversations, steps, turns
 from feedback_store.tool_results import as_stored, call_hash, put_result, steps_with_results, stored_observation
@@ -296,7 +297,8 @@ class Conversations(Database):
     def recover(self, stale_seconds: float = 86_400) -> int:
         """Marks running turns whose process is gone as interrupted, steps kept; returns how many.
 
-        Where that can't be told (another host or container wrote it), a turn older than `stale_seconds` counts as left.
+        Where that can't be told (another host or container wrote it, and never said that it lives), a turn older than
+        `stale_seconds` counts as left.
         """
         now = self._now()
         oldest = now - timedelta(seconds=stale_seconds)
@@ -309,7 +311,7 @@ class Conversations(Database):
                 .with_for_update(skip_locked=True)  # one that is written to lives
             ).all()
             for row in running:
-                alive = is_alive(Process(row.host, row.pid, row.process_started))
+                alive = lives(connection, Process(row.host, row.pid, row.process_started), now)
                 if alive or (alive is None and row.created_at > oldest):
                     continue
                 connection.execute(

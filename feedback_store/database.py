@@ -112,15 +112,15 @@ class Database:
         self._engine = engine
         self._writer = engine.execution_options(will_write=True)
         # One look at the record shows one moment of it: SQLite's transactions do, PostgreSQL's when they are told to.
-        snapshot = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
-        self._reader = engine if engine.dialect.name == "sqlite" else engine.execution_options(**snapshot)
-        self._where = engine.url.database or "" if engine.dialect.name == "sqlite" else postgres.shown(engine.url)
+        sqlite = engine.dialect.name == "sqlite"
+        self._reader = engine if sqlite else engine.execution_options(isolation_level="REPEATABLE READ")
+        self._where = engine.url.database or "" if sqlite else postgres.shown(engine.url)
         self._pid = os.getpid()
         self._closed = False
         self._max_pending = max_pending
         self._now = now
         # SQLite has one writer at a time. Threads that queue here in order don't poll against each other there.
-        self._turnstile = threading.Lock() if engine.dialect.name == "sqlite" else None
+        self._turnstile = threading.Lock() if sqlite else None
         self._busy_seconds = busy_seconds
 
     @property

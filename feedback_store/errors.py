@@ -34,6 +34,10 @@ class QueueFull(StoreError):
     """The queue holds as many waiting tasks as it may."""
 
 
+class RunUnderWay(StoreError):
+    """Another process trains on this store."""
+
+
 class Conflict(StoreError):
     """The database undid the transaction because it and another one were in each other's way; it may be begun anew."""
 
@@ -101,14 +105,14 @@ _POSTGRES: dict[str, tuple[str, str]] = {
     "XX": ("the server found its data damaged, or failed inside", "see its log; restore a backup if it is damaged"),
 }
 # What a server says before there is a session, when the driver passes no SQLSTATE on.
-_CONNECTING: dict[str, str] = {
+_CONNECTING: dict[str, str] = {  # the first that fits
+    "too many": "53300",
+    "remaining connection slots": "53300",
     "password authentication failed": "28",
     "no password supplied": "28",
     "no pg_hba.conf entry": "28",
     "role ": "28",
     "does not exist": "3D000",
-    "too many clients": "53300",
-    "remaining connection slots": "53300",
     "permission denied for database": "42501",
 }
 # A row that was there at the look, or wasn't, was deleted or added by another transaction since (23…): a second look

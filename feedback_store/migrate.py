@@ -32,6 +32,12 @@ def _config() -> Config:
     return config
 
 
+def revisions() -> list[str]:
+    """Every revision that a store may have, the oldest first."""
+    scripts = ScriptDirectory.from_config(_config())
+    return [script.revision for script in scripts.walk_revisions()][::-1]
+
+
 def bring_up_to_date(url: URL, busy_seconds: float, revision: str = "head") -> None:
     """Creates or upgrades the store at `url`, all or nothing, however many processes open it at once.
 

@@ -96,10 +96,6 @@ def try_hold_session(connection: Connection, lock: Lock) -> bool:
     return bool(connection.execute(statement, {"class": _CLASS, "lock": int(lock)}).scalar())
 
 
-def release_session(connection: Connection, lock: Lock) -> None:
-    connection.execute(text("SELECT pg_advisory_unlock(:class, :lock)"), {"class": _CLASS, "lock": int(lock)})
-
-
 def check_server(connection: Connection, where: str) -> None:
     """Raises StoreError for a server that is too old, or a database that can't hold every text."""
     version = connection.dialect.server_version_info or (0,)

@@ -131,6 +131,15 @@ steps = Table(
     Index(None, "result_hash"),
 )
 
+processes = Table(  # that serve or train; see `presence`
+    "processes",
+    metadata,
+    Column("host", CleanText, primary_key=True),
+    Column("pid", Integer, primary_key=True, autoincrement=False),
+    Column("process_started", CleanText, primary_key=True),
+    Column("alive_until", UtcTime, nullable=False),
+)
+
 runs = Table(
     "runs",
     metadata,

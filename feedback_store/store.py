@@ -14,6 +14,7 @@ from feedback_store.deletion import Deletion
 from feedback_store.keys import Keys
 from feedback_store.migrate import bring_up_to_date
 from feedback_store.outcomes import Outcomes
+from feedback_store.presence import Presence
 from feedback_store.queue import Queue
 from feedback_store.runs import Runs
 from feedback_store.schema import conversations, outcomes, turns
@@ -21,7 +22,7 @@ from feedback_store.tool_results import ToolResults
 from feedback_store.versions import Versions
 
 
-class Store(Conversations, ToolResults, Outcomes, Queue, Versions, Runs, Keys, Deletion):
+class Store(Conversations, ToolResults, Outcomes, Queue, Versions, Runs, Keys, Deletion, Presence):
     """The record of conversations, outcomes, tasks, versions and runs, and the API keys.
 
     Every method is one transaction and blocks; async code calls it through `asyncio.to_thread`. Threads may share

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -16,12 +17,15 @@ from typing import Any
 
 import pytest
 
-from feedback_store import Store, StoreError
-from feedback_store.database import parse_location
+from feedback_store import RunUnderWay, Store, StoreError
+from feedback_store.database import parse_location, utc_now
 from feedback_store.migrate import bring_up_to_date
-from tests.databases import Places, edit, rows
+from feedback_store.presence import lives
+from feedback_store.processes import Process, this_process
+from tests.databases import Places, count, edit, rows
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are told apart by /proc")
+ASK = [{"role": "user", "content": "?"}]
 PROCESSES = 16
 
 
@@ -143,13 +147,13 @@ def test_a_killed_writer_loses_nothing_acknowledged(place: str, places: Places) 
 
 
 def test_a_turn_of_another_host_is_left_alone_until_it_is_old(place: str) -> None:
-    time = datetime(2026, 1, 1, tzinfo=UTC)
-    with Store.open(place, now=lambda: time) as store:
+    moment = datetime(2026, 1, 1, tzinfo=UTC)
+    with Store.open(place, now=lambda: moment) as store:
         turn_id = store.begin_turn(store.create_conversation("me"), [{"role": "user", "content": "hi"}], "v0", [])
         edit(place, "UPDATE turns SET host = 'elsewhere', pid = 1")
-        time += timedelta(hours=23)
+        moment += timedelta(hours=23)
         assert store.recover() == 0
-        time += timedelta(hours=2)
+        moment += timedelta(hours=2)
         assert store.recover() == 1
         # It was only out of sight: its process may still end it.
         store.finish_turn(turn_id, "hello", "done")
@@ -186,3 +190,68 @@ def test_a_store_is_not_carried_across_a_fork(place: str) -> None:
         os.close(reading)
         os.close(writing)
         assert len(store.conversations()) == 1
+
+
+def test_a_process_of_another_host_lives_as_long_as_it_says_so(place: str) -> None:
+    moment = datetime(2026, 1, 1, tzinfo=UTC)
+    with Store.open(place, now=lambda: moment) as store:
+        store.beat(60)
+        turn_id = store.begin_turn(store.create_conversation("me"), ASK, "v0", [])
+        run_id = store.start_run("r", {})
+        for table in ("processes", "turns", "runs"):
+            edit(place, f"UPDATE {table} SET host = 'elsewhere/1'")
+        moment += timedelta(seconds=59)
+        assert (store.recover(), store.run(run_id).alive, store.runs()[0].alive) == (0, True, True)
+        with pytest.raises(RunUnderWay, match=rf"{run_id} is under way in process {os.getpid()} on elsewhere\."):
+            store.only_run().__enter__()
+        moment += timedelta(seconds=2)
+        assert (store.recover(), store.run(run_id).alive) == (1, False)
+        assert store.turn(turn_id).status == "interrupted"
+        with store.only_run():
+            store.set_stage(run_id, "train", {})  # goes on here
+            assert store.run(run_id).alive
+
+
+def test_a_process_that_is_present_beats_until_it_leaves(place: str) -> None:
+    beats = multiprocessing.Semaphore(0)
+    with Store.open(place) as store:
+        with store.present(beats.release, every=0.05):
+            for _ in range(3):
+                assert beats.acquire(timeout=60)
+            assert count(place, "processes") == 1
+        edit(place, "UPDATE processes SET host = 'elsewhere/1'")
+        me = this_process()
+        with store._read() as connection:
+            gone = lives(connection, Process("elsewhere/1", me.pid, me.started), utc_now())
+        assert gone is False, "it said that it ended"
+
+
+HOLDER = """
+import sys
+from feedback_store import Store
+with Store.open(sys.argv[1]) as store, store.only_run():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_process_trains_on_a_server(place: str, places: Places) -> None:
+    """On SQLite the run's home is the store's, and a lock of that home says so."""
+    if places.kind == "sqlite":
+        pytest.skip("the home's lock is tested in test_loop")
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, place], stdin=-1, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with Store.open(place) as store:
+        with pytest.raises(RunUnderWay, match="Another process trains"), store.only_run():
+            pass
+        holder.kill()
+        holder.wait()
+        for _ in range(600):  # the server notices that the session's process is gone
+            try:
+                with store.only_run():
+                    break
+            except RunUnderWay:
+                time.sleep(0.05)
+        else:
+            raise AssertionError("the lock outlived its process")
