@@ -102,7 +102,7 @@ def give_up_claims(
 
     `passing_by` leaves those alone that another transaction is at.
     """
-    which = select(tasks.c.id).where(tasks.c.state == "claimed", held).order_by(tasks.c.id)
+    which = select(tasks.c.id).where(tasks.c.state == "claimed", held)
     # Locked before either table is written: else a lease that is renewed meanwhile would lose its row in `run_tasks`.
     ids = connection.execute(which.with_for_update(skip_locked=passing_by)).scalars().all()
     if not ids:

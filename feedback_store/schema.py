@@ -186,6 +186,7 @@ tasks = Table(
     Column("updated_at", UtcTime, nullable=False),
     Index(None, "state", "attempts", "id"),
     Index(None, "run_id", "state"),
+    Index(None, "lease_until"),  # null unless claimed: the few that a claim must look at first
 )
 
 task_origins = Table(  # every turn or source that asked for a task, the first included

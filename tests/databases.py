@@ -35,9 +35,12 @@ class Cluster:
     a process's, not the machine's. PostgreSQL refuses to run as root, so there it runs as another user.
     """
 
-    def __init__(self, binaries: Path) -> None:
+    def __init__(self, binaries: Path, *, durable: bool = False, parent: Path | None = None) -> None:
+        """`durable`: as an installed server is, for measuring it."""
         self._bin = binaries
-        self.folder = Path(tempfile.mkdtemp(prefix="pg"))  # a socket's path is short, and pytest's own folders aren't
+        self._durable = durable
+        # A socket's path is short, and pytest's own folders aren't.
+        self.folder = Path(tempfile.mkdtemp(prefix="pg", dir=parent))
         self._user = None
         if os.getuid() == 0:
             self._user = "postgres" if _exists("postgres") else "nobody"
@@ -53,10 +56,12 @@ class Cluster:
 
     def start(self, *options: str) -> None:
         settings = {
-            "listen_addresses": "''", "unix_socket_directories": str(self.folder), "fsync": "off",
-            "full_page_writes": "off", "max_connections": "120", "shared_buffers": "32MB", "max_wal_size": "256MB",
-            "log_statement": "all",
+            "listen_addresses": "''", "unix_socket_directories": str(self.folder), "max_connections": "120",
         }  # fmt: skip
+        if not self._durable:
+            settings |= {
+                "fsync": "off", "full_page_writes": "off", "shared_buffers": "32MB", "max_wal_size": "256MB",
+            }  # fmt: skip
         flags = " ".join([*(f"-c {name}={value}" for name, value in settings.items()), *options])
         self._run("pg_ctl", "-D", "data", "-w", "-t", "120", "-l", "log", "-o", flags, "start")
 
@@ -81,8 +86,8 @@ class Cluster:
         engine.dispose()
 
     @property
-    def log(self) -> str:
-        return (self.folder / "log").read_text(errors="replace")
+    def version(self) -> str:
+        return (self.folder / "data" / "PG_VERSION").read_text().strip()
 
     def _run(self, program: str, *arguments: str) -> None:
         done = subprocess.run(

@@ -1,4 +1,5 @@
-"""Processes say that they live, so that others can tell from another machine which turns and runs were left."""
+"""Processes say that they live, so that others can tell from another machine which turns and runs were left;
+and lapsed leases are found by an index."""
 
 from __future__ import annotations
 
@@ -18,3 +19,4 @@ def upgrade() -> None:
         sa.Column("alive_until", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("host", "pid", "process_started", name=op.f("pk_processes")),
     )
+    op.create_index(op.f("ix_tasks_lease_until"), "tasks", ["lease_until"], unique=False)
