@@ -26,31 +26,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sqlalchemy import insert, text
 
 from feedback_store import Store, StoredObservation, StoredStep
-from feedback_store.codec import pack_ids, pack_logprobs, pack_mask
+from feedback_store.codec import pack_logprobs, pack_step_ids, pack_step_mask
 from feedback_store.schema import tasks
 from tests.databases import Cluster, Databases, Files, Places, postgres_binaries
 
 RESULTS = Path(__file__).parent / "results"
 ASK = [{"role": "user", "content": "What is 17 * 23?"}]
-WORDS = [
-    "the",
-    "capital",
-    "of",
-    "Mongolia",
-    "is",
-    "Ulaanbaatar",
-    "and",
-    "its",
-    "population",
-    "grew",
-    "to",
-    "one",
-    "and",
-    "a",
-    "half",
-    "million",
-    "people",
-]
+WORDS = ("the", "capital", "of", "Mongolia", "is", "Ulaanbaatar", "and", "its", "population", "grew", "to", "a million")
 BARE = {
     "tool_results": ("hash", "tool", "text", "error", "artifact", "created_at"),
     "steps": (
@@ -111,8 +93,8 @@ def bare(place: str, kind: str) -> Iterator[Callable[[str, StoredStep], None]]:
         rows = (
             (result, seen.tool, seen.text, False, json.dumps(seen.artifact), now),
             (
-                turn, step.index, step.version, pack_ids(step.token_ids), pack_logprobs(step.logprobs),
-                pack_mask(step.mask), step.text, step.thought, step.action, step.input, True, step.seconds, result,
+                turn, step.index, step.version, pack_step_ids(step.token_ids), pack_logprobs(step.logprobs),
+                pack_step_mask(step.mask), step.text, step.thought, step.action, step.input, True, step.seconds, result,
                 result, seen.seconds, now,
             ),
         )  # fmt: skip

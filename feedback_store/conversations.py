@@ -8,7 +8,16 @@ from typing import Any, get_args
 
 from sqlalchemy import Connection, Row, Select, func, insert, select, update
 
-from feedback_store.codec import pack_ids, pack_logprobs, pack_mask, unpack_ids, unpack_logprobs, unpack_mask
+from feedback_store.codec import (
+    pack_ids,
+    pack_logprobs,
+    pack_step_ids,
+    pack_step_mask,
+    unpack_ids,
+    unpack_logprobs,
+    unpack_step_ids,
+    unpack_step_mask,
+)
 from feedback_store.database import Database
 from feedback_store.errors import InvalidRecord, NotFound
 from feedback_store.ids import new_id
@@ -43,11 +52,12 @@ def _conversation(row: Row[Any]) -> Conversation:
 
 
 def _step(row: Row[Any]) -> StoredStep:
+    logprobs = unpack_logprobs(row.logprobs)
     return StoredStep(
         index=row.position,
-        token_ids=unpack_ids(row.token_ids),
-        logprobs=unpack_logprobs(row.logprobs),
-        mask=unpack_mask(row.mask),
+        token_ids=unpack_step_ids(row.token_ids, len(logprobs)),
+        logprobs=logprobs,
+        mask=unpack_step_mask(row.mask, len(logprobs)),
         version=row.version,
         text=row.text,
         thought=row.thought,
@@ -223,9 +233,9 @@ class Conversations(Database):
             "turn_id": turn_id,
             "position": step.index,
             "version": step.version,
-            "token_ids": pack_ids(step.token_ids),
+            "token_ids": pack_step_ids(step.token_ids),
             "logprobs": pack_logprobs(step.logprobs),
-            "mask": pack_mask(step.mask),
+            "mask": pack_step_mask(step.mask),
             "text": step.text,
             "thought": step.thought,
             "action": step.action,

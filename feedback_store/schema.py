@@ -114,9 +114,9 @@ steps = Table(
     Column("turn_id", String(40), ForeignKey("turns.id"), primary_key=True),
     Column("position", Integer, primary_key=True, autoincrement=False),
     Column("version", CleanText, nullable=False),
-    Column("token_ids", LargeBinary, nullable=False),  # int32
+    Column("token_ids", LargeBinary, nullable=False),  # see `codec.pack_step_ids`
     Column("logprobs", LargeBinary, nullable=False),  # float32
-    Column("mask", LargeBinary, nullable=False),  # uint8, 1 for the policy's own tokens
+    Column("mask", LargeBinary, nullable=False),  # 1 for the policy's own tokens: see `codec.pack_step_mask`
     Column("text", CleanText, nullable=False),
     Column("thought", CleanText, nullable=False),
     Column("action", String(16), nullable=False),

@@ -15,6 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feedback_store import InvalidRecord, NotFound, Store, StoreError
+from feedback_store.codec import (
+    pack_ids,
+    pack_mask,
+    pack_step_ids,
+    pack_step_mask,
+    unpack_step_ids,
+    unpack_step_mask,
+)
 from serving.trajectory import Observation, Step
 from tests.databases import Places
 
@@ -89,6 +97,21 @@ def test_tokens_logprobs_and_masks_come_back_to_the_bit(store: Store, tokens: li
     for kept, given_value in zip(step.logprobs, logprobs, strict=True):
         assert kept == given_value or (math.isnan(kept) and math.isnan(given_value))
         assert math.copysign(1, kept) == math.copysign(1, given_value)
+
+
+@given(st.lists(st.tuples(st.integers(-(2**31), 2**31 - 1) | st.integers(0, 70_000), st.integers(0, 1)), max_size=40))
+@settings(deadline=None)
+def test_a_step_of_an_earlier_release_is_read_as_one_of_this(tokens: list[tuple[int, int]]) -> None:
+    ids, mask = [token for token, _ in tokens], [own for _, own in tokens]
+    for packed in (pack_ids(ids), pack_step_ids(ids)):
+        assert unpack_step_ids(packed, len(ids)) == ids
+    for packed in (pack_mask(mask), pack_step_mask(mask)):
+        assert unpack_step_mask(packed, len(mask)) == mask
+
+
+def test_tokens_are_stored_in_no_more_bytes_than_they_need() -> None:
+    widths = [len(pack_step_ids([0, top])) // 2 for top in (2**16 - 1, 2**16, 2**24 - 1, 2**24)]
+    assert (widths, len(pack_step_mask([1, 0] * 500)), len(pack_step_mask([2]))) == ([2, 3, 3, 4], 125, 1)
 
 
 @given(st.text())
