@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, get_args
 
-from sqlalchemy import Connection, Row, Select, func, insert, select, update
+from sqlalchemy import Connection, Row, insert, select, update
 
 from feedback_store.codec import pack_ids, pack_logprobs, pack_mask, unpack_ids, unpack_logprobs, unpack_mask
+from feedback_store.conversation_rows import conversation_of, conversation_rows
 from feedback_store.database import Database
 from feedback_store.errors import InvalidRecord, NotFound
 from feedback_store.ids import new_id
 from feedback_store.processes import Process, is_alive, this_process
 from feedback_store.records import Conversation, FinalStatus, Message, StepLike, StoredStep, Turn
 from feedback_store.schema import conversations, steps, turns
+from feedback_store.search import add_answer_text, add_turn_text, conversations_with, put_title_text
 from feedback_store.tool_results import as_stored, call_hash, put_result, steps_with_results, stored_observation
 from feedback_store.versions import may_keep
 
@@ -29,15 +31,6 @@ def check_messages(messages: Sequence[Message]) -> list[Message]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise InvalidRecord(f"Message {position} has no role: {message!r}. Give {{'role': …, 'content': …}}.")
     return list(messages)
-
-
-def _conversation_rows() -> Select[Any]:
-    count = select(func.count()).where(turns.c.conversation_id == conversations.c.id).scalar_subquery()
-    return select(conversations, count.label("turns"))
-
-
-def _conversation(row: Row[Any]) -> Conversation:
-    return Conversation(row.id, row.owner, row.title, row.turns, row.created_at, row.updated_at)
 
 
 def _step(row: Row[Any]) -> StoredStep:
@@ -97,31 +90,39 @@ class Conversations(Database):
                     id=conversation_id, owner=owner, title=title, created_at=now, updated_at=now
                 )
             )
+            put_title_text(connection, conversation_id, title)
         return conversation_id
 
     def conversation(self, conversation_id: str) -> Conversation:
         with self._read() as connection:
-            row = connection.execute(_conversation_rows().where(conversations.c.id == conversation_id)).first()
+            row = connection.execute(conversation_rows().where(conversations.c.id == conversation_id)).first()
         if row is None:
             raise NotFound("conversation", conversation_id)
-        return _conversation(row)
+        return conversation_of(row)
 
     def conversations(self, owner: str | None = None, limit: int = 50) -> list[Conversation]:
         """The most recently used first."""
-        query = _conversation_rows().order_by(conversations.c.updated_at.desc(), conversations.c.id.desc()).limit(limit)
+        query = conversation_rows().order_by(conversations.c.updated_at.desc(), conversations.c.id.desc()).limit(limit)
         if owner is not None:
             query = query.where(conversations.c.owner == owner)
         with self._read() as connection:
-            return [_conversation(row) for row in connection.execute(query)]
+            return [conversation_of(row) for row in connection.execute(query)]
 
-    def conversations_page(self, owner: str, limit: int, after: str | None = None) -> list[Conversation]:
-        """An owner's, the newest first; those that began before the conversation `after`."""
-        query = _conversation_rows().where(conversations.c.owner == owner)
+    def conversations_page(
+        self, owner: str, limit: int, after: str | None = None, search: str | None = None
+    ) -> list[Conversation]:
+        """An owner's, the newest first; those that began before the conversation `after`; those that `search` finds.
+
+        Raises InvalidRecord for a search that is too long or has no word in it.
+        """
+        query = conversation_rows().where(conversations.c.owner == owner)
         if after is not None:
             query = query.where(conversations.c.id < after)
         with self._read() as connection:
+            if search is not None:
+                query = query.where(conversations.c.id.in_(conversations_with(connection, search)))
             rows = connection.execute(query.order_by(conversations.c.id.desc()).limit(limit))
-            return [_conversation(row) for row in rows]
+            return [conversation_of(row) for row in rows]
 
     def rename_conversation(self, conversation_id: str, title: str) -> None:
         with self._write() as connection:
@@ -130,6 +131,7 @@ class Conversations(Database):
             )
             if not done.rowcount:
                 raise NotFound("conversation", conversation_id)
+            put_title_text(connection, conversation_id, title)
 
     def history(self, conversation_id: str) -> list[Message]:
         """The done turns as OpenAI messages: each user's message and the final answer to it, oldest first."""
@@ -200,6 +202,7 @@ class Conversations(Database):
                     created_at=now,
                 )
             )
+            add_turn_text(connection, conversation_id, turn_id, prompt)
         return turn_id
 
     def append_step(self, turn_id: str, step: StepLike) -> None:
@@ -248,6 +251,7 @@ class Conversations(Database):
                 .where(turns.c.id == turn_id)
                 .values(status=status, answer=answer, error=error, finished_at=now)
             )
+            add_answer_text(connection, turn_id, answer)
             its_conversation = select(turns.c.conversation_id).where(turns.c.id == turn_id).scalar_subquery()
             connection.execute(
                 update(conversations).where(conversations.c.id == its_conversation).values(updated_at=now)

@@ -282,13 +282,13 @@ class Queue(Database):
             return [_task(row) for row in connection.execute(query)]
 
     def queue_stats(self) -> dict[str, Any]:
-        """`{"pending": n, "claimed": n, "done": n, "dead": n, "by_kind": {kind: {state: n}}, "max_pending": n}`."""
+        """How many tasks each state has: `{"pending": n, …, "by_kind": {kind: {state: n}}, "max_pending": n}`."""
         state_now = _state_at(self._now()).label("state_now")
         with self._read() as connection:
             rows = connection.execute(
                 select(tasks.c.kind, state_now, func.count().label("n")).group_by(tasks.c.kind, state_now)
             ).all()
-        states: dict[str, int] = {"pending": 0, "claimed": 0, "done": 0, "dead": 0}
+        states: dict[str, int] = {"pending": 0, "claimed": 0, "done": 0, "dead": 0, "withdrawn": 0}
         by_kind: dict[str, dict[str, int]] = {}
         for row in rows:
             states[row.state_now] += row.n

@@ -26,7 +26,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     app.include_router(chat.router(service, settings), dependencies=[needs("chat")])
     app.include_router(feedback.router(service), dependencies=[needs("feedback")])
     app.include_router(files.router(service), dependencies=[needs("chat")])
-    app.include_router(conversations.router(service), dependencies=[needs("chat")])
+    app.include_router(conversations.router(service, settings), dependencies=[needs("chat")])
     app.include_router(metrics.router(service), dependencies=[needs("metrics", "admin")])
     app.include_router(admin.router(service), dependencies=[needs("admin")])
 

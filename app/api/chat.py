@@ -156,13 +156,20 @@ async def _models(service: Service, settings: Settings) -> list[dict[str, Any]]:
     loaded = service.router.loaded()
     published = [v for v in await service.call(service.store.versions) if v.status == "published"]
     known = {version.id: version for version in published}
+    tainted = await service.call(service.store.tainted)
     others = [version.id for version in reversed(published) if version.id != current]
 
     def entry(name: str, id_: str) -> dict[str, Any]:
         version = known.get(id_)
         created = int(version.created_at.timestamp()) if version else 0
         parent = version.parent if version else None
-        details = {"version": id_, "parent": parent, "current": id_ == current, "loaded": id_ in loaded}
+        details = {
+            "version": id_,
+            "parent": parent,
+            "current": id_ == current,
+            "loaded": id_ in loaded,
+            "tainted": id_ in tainted,
+        }
         return {"id": name, "object": "model", "created": created, "owned_by": "whetstone", "whetstone": details}
 
     return [entry(settings.model_name, current), *[entry(id_, id_) for id_ in (current, *others)]]

@@ -1,0 +1,304 @@
+"""What an erasure does inside its transaction."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+from sqlalchemy import ColumnElement, Connection, and_, delete, exists, false, func, insert, select, update
+
+from feedback_store.codec import clean
+from feedback_store.errors import InvalidRecord
+from feedback_store.processes import Process, is_alive
+from feedback_store.queue import give_up_claims
+from feedback_store.schema import (
+    conversations,
+    erased_turns,
+    erased_uses,
+    outcomes,
+    run_tasks,
+    runs,
+    search_texts,
+    steps,
+    task_origins,
+    tasks,
+    tombstones,
+    tool_results,
+    turns,
+)
+from feedback_store.taints import clean_ancestor, tainted_versions
+from feedback_store.uses import set_aside
+from feedback_store.versions import current_version_of
+from feedback_store.withdrawal import chunks, withdraw
+
+Askers = dict[str, set[tuple[str | None, str]]]
+"""By task, who asked for it: (conversation, owner's hash)."""
+Reason = Literal["forgotten", "expired"]
+
+
+@dataclass
+class Erased:
+    """What went. `tasks_deleted`: no run had claimed them. `tasks_emptied`: their ids alone are left. `tasks_kept`:
+    others asked for them too.
+
+    `tainted`: versions that were trained on what went, newly so, with their descendants. `roll_back_to`: the newest
+    clean ancestor of the version in service, where that one is tainted; None where it isn't, or no ancestor is clean.
+    `retrain`: the runs whose training is to be repeated without it. `runs_ended`: interrupted ones that can't go on.
+    `skipped`: conversations that have grown old but are in use by an answer or a run. `already`: tombstones that were
+    there before.
+    """
+
+    conversations: list[str] = field(default_factory=list)
+    turns: int = 0
+    steps: int = 0
+    tool_results: int = 0
+    outcomes: int = 0
+    tasks_deleted: int = 0
+    tasks_emptied: int = 0
+    tasks_kept: int = 0
+    runs_ended: list[str] = field(default_factory=list)
+    retrain: list[str] = field(default_factory=list)
+    tainted: list[str] = field(default_factory=list)
+    in_service_tainted: str | None = None
+    roll_back_to: str | None = None
+    skipped: int = 0
+    already: int = 0
+    dry_run: bool = False
+
+    def add(self, other: Erased) -> None:
+        """Counts and lists together; for what is one of a kind, the newer."""
+        for name, value in vars(other).items():
+            mine = getattr(self, name)
+            setattr(self, name, mine + value if isinstance(value, int | list) and name != "dry_run" else value)
+
+
+def owner_hash(owner: str) -> str:
+    """What a tombstone knows an owner by: 64 hex digits."""
+    return hashlib.sha256(clean(owner).encode()).hexdigest()
+
+
+class Busy(InvalidRecord):
+    """An answer or a run works with what is to be erased."""
+
+
+class Work:
+    """One erasure, inside its transaction."""
+
+    def __init__(self, connection: Connection, now: datetime, reason: Reason, skip_busy: bool) -> None:
+        self._connection = connection
+        self._now = now
+        self._reason = reason
+        self._skip_busy = skip_busy
+        self._alive: dict[str, bool] = {}  # by unfinished run
+        self._aside: dict[str, set[str]] = {}  # by run, the tasks that it didn't train on
+        self._askers: Askers = {}  # of tasks so far
+        self.erased = Erased()
+
+    def erase(self, rows: Sequence[Any]) -> None:
+        """Rows of conversations: id, owner, created_at."""
+        if self._skip_busy:
+            busy = self._busy([row.id for row in rows])
+            self.erased.skipped += len(busy)
+            rows = [row for row in rows if row.id not in busy]
+        elif busy := self._busy([row.id for row in rows]):
+            raise Busy(next(iter(busy.values())))
+        if not rows:
+            return
+        ids = [row.id for row in rows]
+        execute, found = self._connection.execute, self.erased
+        its = select(turns.c.id).where(turns.c.conversation_id.in_(ids))
+        self._make_tombstones(rows)
+        found.conversations += ids
+        asked = self._asked(ids)
+        for task_id, askers in asked.items():
+            self._askers.setdefault(task_id, set()).update(askers)
+        seen = list(
+            execute(select(steps.c.result_hash).where(steps.c.turn_id.in_(its), steps.c.result_hash.is_not(None)))
+            .scalars()
+            .unique()
+        )
+        execute(delete(search_texts).where(search_texts.c.conversation_id.in_(ids)))
+        found.outcomes += execute(delete(outcomes).where(outcomes.c.turn_id.in_(its))).rowcount
+        found.steps += execute(delete(steps).where(steps.c.turn_id.in_(its))).rowcount
+        for some in chunks(seen):
+            unseen = tool_results.c.hash.in_(some), ~exists().where(steps.c.result_hash == tool_results.c.hash)
+            found.tool_results += execute(delete(tool_results).where(*unseen)).rowcount
+        execute(delete(task_origins).where(task_origins.c.turn_id.in_(its)))
+        self._erase_tasks(asked)
+        found.turns += execute(delete(turns).where(turns.c.conversation_id.in_(ids))).rowcount
+        execute(delete(conversations).where(conversations.c.id.in_(ids)))
+
+    def erase_tasks_of(self, owner: str) -> None:
+        """Those that an owner asked for without a conversation."""
+        mine = task_origins.c.owner == owner
+        asked: Askers = {
+            task_id: {(None, owner_hash(owner))}
+            for task_id in self._connection.execute(select(task_origins.c.task_id).where(mine).distinct()).scalars()
+        }
+        for task_id in asked:
+            if self._is_alone(task_id, mine) and (run := self._held_by(task_id)):
+                raise Busy(_held(run, task_id))
+        self._connection.execute(delete(task_origins).where(mine))
+        self._erase_tasks(asked)
+
+    def judge(self, tainted_before: set[str]) -> None:
+        """Say what is tainted now, and what to do about it."""
+        now_tainted = tainted_versions(self._connection)
+        self.erased.tainted = [version for version in now_tainted if version not in tainted_before]
+        current = current_version_of(self._connection)
+        if current in now_tainted:
+            self.erased.in_service_tainted = current
+            self.erased.roll_back_to = clean_ancestor(self._connection, current)
+        made = {version: runs for version, taint in now_tainted.items() if (runs := taint.runs)}
+        self.erased.retrain = sorted({run for version in self.erased.tainted for run in made[version]})
+
+    # -- parts
+
+    def _busy(self, ids: Sequence[str]) -> dict[str, str]:
+        """Of these conversations, those that can't be erased now, and why."""
+        running = select(turns.c.conversation_id).where(turns.c.conversation_id.in_(ids), turns.c.status == "running")
+        busy = {
+            id: f"An answer of conversation {id} is under way; erase it when that has ended."
+            for id in self._connection.execute(running).scalars()
+        }
+        for task_id, askers in self._asked(ids).items():
+            its = select(turns.c.id).where(turns.c.conversation_id.in_(ids))
+            if (run := self._held_by(task_id)) and self._is_alone(task_id, task_origins.c.turn_id.in_(its)):
+                busy |= {conversation: _held(run, task_id) for conversation, _ in askers if conversation}
+        return busy
+
+    def _asked(self, ids: Sequence[str]) -> Askers:
+        """The tasks that these conversations asked for, each with (conversation, owner's hash) of who did."""
+        rows = self._connection.execute(
+            select(task_origins.c.task_id, conversations.c.id, conversations.c.owner)
+            .join(turns, turns.c.id == task_origins.c.turn_id)
+            .join(conversations, conversations.c.id == turns.c.conversation_id)
+            .where(conversations.c.id.in_(ids))
+        )
+        asked: Askers = {}
+        for task_id, conversation, owner in rows:
+            asked.setdefault(task_id, set()).add((conversation, owner_hash(owner)))
+        return asked
+
+    def _is_alone(self, task_id: str, mine: ColumnElement[bool]) -> bool:
+        """Whether nobody asked for a task but by the origins that match `mine`."""
+        others = select(task_origins.c.id).where(task_origins.c.task_id == task_id, ~func.coalesce(mine, false()))
+        return self._connection.execute(others).first() is None
+
+    def _held_by(self, task_id: str) -> str | None:
+        """The run under way that has claimed a task."""
+        rows = self._connection.execute(
+            select(runs)
+            .join(run_tasks, run_tasks.c.run_id == runs.c.id)
+            .where(run_tasks.c.task_id == task_id, runs.c.status == "running")
+        )
+        for row in rows:
+            if row.id not in self._alive:
+                alive = is_alive(Process(row.host, row.pid, row.process_started))
+                lease = select(func.max(tasks.c.lease_until)).where(tasks.c.run_id == row.id)
+                until = self._connection.execute(lease).scalar()
+                # A run of another machine counts as long as its leases do.
+                self._alive[row.id] = alive if alive is not None else until is not None and until > self._now
+            if self._alive[row.id]:
+                return str(row.id)
+        return None
+
+    def _make_tombstones(self, rows: Sequence[Any]) -> None:
+        ids = [row.id for row in rows]
+        count = select(turns.c.conversation_id, func.count()).where(turns.c.conversation_id.in_(ids))
+        turned = {id: n for id, n in self._connection.execute(count.group_by(turns.c.conversation_id))}
+        self._connection.execute(
+            insert(tombstones),
+            [
+                {
+                    "conversation_id": row.id,
+                    "owner_hash": owner_hash(row.owner),
+                    "turns": turned.get(row.id, 0),
+                    "reason": self._reason,
+                    "created_at": row.created_at,
+                    "erased_at": self._now,
+                }
+                for row in rows
+            ],
+        )
+        self._connection.execute(
+            insert(erased_turns).from_select(
+                ["turn_id", "conversation_id", "version"],
+                select(turns.c.id, turns.c.conversation_id, turns.c.version).where(turns.c.conversation_id.in_(ids)),
+            )
+        )
+
+    def _erase_tasks(self, asked: Askers) -> None:
+        """Tasks that nobody asks for any more; their origins are gone already."""
+        alone: list[str] = []
+        for task_id in asked:
+            left = select(task_origins.c.owner).where(task_origins.c.task_id == task_id).order_by(task_origins.c.id)
+            other = self._connection.execute(left.limit(1)).first()
+            if other is None:
+                alone.append(task_id)
+            else:  # by whom it was asked first isn't told any more
+                self._connection.execute(update(tasks).where(tasks.c.id == task_id).values(owner=other.owner))
+        self.erased.tasks_kept += len(asked) - len(alone)
+        for task_id in alone:
+            self._note_uses(task_id, self._askers.get(task_id, set()) | asked[task_id])
+        deleted, emptied = withdraw(self._connection, alone, self._now)
+        self.erased.tasks_deleted += deleted
+        self.erased.tasks_emptied += emptied
+
+    def _note_uses(self, task_id: str, askers: set[tuple[str | None, str]]) -> None:
+        used = select(run_tasks.c.run_id).where(run_tasks.c.task_id == task_id).distinct()
+        for run_id in self._connection.execute(used).scalars().all():
+            self._end(run_id)
+            self._take_out_of_report(run_id, task_id)
+            if task_id in self._set_aside(run_id):
+                continue
+            self._connection.execute(
+                insert(erased_uses),
+                [
+                    {
+                        "run_id": run_id,
+                        "task_id": task_id,
+                        "conversation_id": conversation,
+                        "owner_hash": hashed,
+                        "taints": self._reason == "forgotten",
+                        "at": self._now,
+                    }
+                    for conversation, hashed in sorted(askers, key=str)
+                ],
+            )
+
+    def _set_aside(self, run_id: str) -> set[str]:
+        if run_id not in self._aside:
+            self._aside[run_id] = set_aside(self._connection, run_id)
+        return self._aside[run_id]
+
+    def _end(self, run_id: str) -> None:
+        """An interrupted run would go on with weights that were trained on what goes."""
+        running = and_(runs.c.id == run_id, runs.c.status == "running")
+        report = {"run": run_id, "status": "ended", "reasons": ["interrupted; then tasks of it were erased"]}
+        ended = update(runs).where(running).values(status="ended", report=report, finished_at=self._now)
+        if self._connection.execute(ended).rowcount:
+            give_up_claims(
+                self._connection, tasks.c.run_id == run_id, failed=False, claim_state="released", now=self._now
+            )
+            self.erased.runs_ended.append(run_id)
+
+    def _take_out_of_report(self, run_id: str, task_id: str) -> None:
+        messages = self._connection.execute(select(tasks.c.messages).where(tasks.c.id == task_id)).scalar()
+        report = self._connection.execute(select(runs.c.report).where(runs.c.id == run_id)).scalar() or {}
+        question = messages[-1].get("content") if messages else None
+        examples = report.get("examples") or []
+        left = [example for example in examples if example.get("question") != question]
+        if len(left) < len(examples):
+            without = report | {"examples": left}
+            self._connection.execute(update(runs).where(runs.c.id == run_id).values(report=without))
+
+
+def _held(run_id: str, task_id: str) -> str:
+    return (
+        f"Run {run_id} is under way and has claimed the task {task_id}, which came of it. Erase when the run has "
+        "ended, or interrupt it first: it can't go on then."
+    )

@@ -1,0 +1,87 @@
+"""Erasure: the text and the tokens of conversations go, ids and times stay, and what trained on them is marked.
+
+The record changes in one transaction. What lies outside of it (files, the runs' own copies, what a database leaves
+behind in its file) is swept afterwards: `sweep` says what is still to do, and is safe to follow again after a crash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+
+from sqlalchemy import Connection, delete, func, select
+
+from feedback_store.database import Database
+from feedback_store.erasing import Erased, Reason, Work, owner_hash
+from feedback_store.errors import InvalidRecord, NotFound
+from feedback_store.schema import consents, conversations, tombstones
+from feedback_store.taints import tainted_versions
+from feedback_store.withdrawal import chunks
+
+_ROWS = select(conversations.c.id, conversations.c.owner, conversations.c.created_at).order_by(conversations.c.id)
+
+
+class Erasure(Database):
+    def erase(self, *, conversation: str | None = None, owner: str | None = None, dry_run: bool = False) -> Erased:
+        """Forgets a conversation, or all of an owner's with every task that they asked for, in one transaction.
+
+        The caller sweeps afterwards (see `unswept`). What was erased before is counted in `already`. Raises NotFound,
+        and Busy while an answer of it, or a run that uses its tasks, is under way. `dry_run` only counts.
+        """
+        if (conversation is None) == (owner is None):
+            raise InvalidRecord("Say what to forget: a conversation, or an owner.")
+        with self._erasing("forgotten", dry_run, skip_busy=False) as (connection, work):
+            whose = conversations.c.id == conversation if owner is None else conversations.c.owner == owner
+            rows = connection.execute(_ROWS.where(whose)).all()
+            work.erased.already = _already(connection, conversation, owner)
+            for some in chunks(rows):
+                work.erase(some)
+            if owner is not None:
+                work.erase_tasks_of(owner)  # what they refused stays refused
+                connection.execute(delete(consents).where(consents.c.owner == owner, consents.c.training))
+            done = work.erased
+            if not (rows or done.already or done.tasks_deleted or done.tasks_emptied):
+                raise NotFound(*("owner", owner) if owner is not None else ("conversation", str(conversation)))
+        return work.erased
+
+    def expire(self, before: datetime, dry_run: bool = False) -> Erased:
+        """Erases the conversations that have rested since `before`, some in each transaction; the caller sweeps.
+
+        Versions that were trained on them aren't tainted: nobody took anything back. Conversations of which an answer
+        or a task is in use are skipped.
+        """
+        with self._read() as connection:
+            old = connection.execute(
+                select(conversations.c.id).where(conversations.c.updated_at < before).order_by(conversations.c.id)
+            ).scalars()
+            ids = list(old)
+        total = Erased(dry_run=dry_run)
+        for some in chunks(ids):
+            with self._erasing("expired", dry_run, skip_busy=True) as (connection, work):
+                still = conversations.c.id.in_(some), conversations.c.updated_at < before
+                work.erase(connection.execute(_ROWS.where(*still)).all())
+            total.add(work.erased)
+        return total
+
+    @contextmanager
+    def _erasing(self, reason: Reason, dry_run: bool, skip_busy: bool) -> Iterator[tuple[Connection, Work]]:
+        with self._write() as connection:
+            if connection.dialect.name == "sqlite":
+                connection.exec_driver_sql("PRAGMA secure_delete = ON")  # what is deleted is overwritten
+            tainted = set(tainted_versions(connection))
+            work = Work(connection, self._now(), reason, skip_busy)
+            yield connection, work
+            work.judge(tainted)
+            if dry_run:
+                work.erased.dry_run = True
+                transaction = connection.get_transaction()
+                assert transaction is not None, "_write begins one"
+                transaction.rollback()
+
+
+def _already(connection: Connection, conversation: str | None, owner: str | None) -> int:
+    its = (
+        tombstones.c.conversation_id == conversation if owner is None else tombstones.c.owner_hash == owner_hash(owner)
+    )
+    return int(connection.execute(select(func.count()).select_from(tombstones).where(its)).scalar_one())

@@ -1,0 +1,120 @@
+"""Which turns and conversations are asked for, and reading them in pages of constant memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from sqlalchemy import ColumnElement, Connection, Join, Select, and_, exists, func, or_, select
+
+from feedback_store.consent import Consents
+from feedback_store.conversation_rows import conversation_of, conversation_rows
+from feedback_store.errors import InvalidRecord
+from feedback_store.records import Conversation
+from feedback_store.schema import conversations, outcomes, search_texts, steps, tool_results, turns
+from feedback_store.search import matching
+
+Judged = Literal["right", "wrong", "none"]
+RIGHT = 0.9  # a verdict above it says right, as in training
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What turns must have in common; None asks for nothing.
+
+    `outcome`: `right`, where some verdict scores above 0.9; `wrong`, where there are verdicts and none does; `none`,
+    without a score. `tool`: one that was used. `since` and `until`: when the turn began. `consenting`: only of owners
+    who let their conversations train the policy. `search`: words, see `search`.
+    """
+
+    owner: str | None = None
+    outcome: Judged | None = None
+    version: str | None = None
+    tool: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+    consenting: bool = False
+    search: str | None = None
+
+
+class Reading(Consents):
+    def find_conversations(self, selection: Selection, limit: int | None = 50) -> list[Conversation]:
+        """Those with a turn that is selected, the most recently used first."""
+        query = conversation_rows().order_by(conversations.c.updated_at.desc(), conversations.c.id.desc()).limit(limit)
+        with self._read() as connection:
+            if selection == Selection(owner=selection.owner):  # those without a turn, too
+                query = query if selection.owner is None else query.where(conversations.c.owner == selection.owner)
+            else:
+                its = select(turns.c.conversation_id).select_from(_joined()).where(*self._those(connection, selection))
+                query = query.where(conversations.c.id.in_(its))
+            return [conversation_of(row) for row in connection.execute(query)]
+
+    def count_turns(self, selection: Selection) -> int:
+        """Of those that are finished."""
+        with self._read() as connection:
+            query = select(func.count()).select_from(_joined()).where(*self._finished(connection, selection))
+            return int(connection.execute(query).scalar_one())
+
+    def turn_ids(self, selection: Selection, page: int = 200) -> Iterator[Sequence[str]]:
+        """The selected turns that are finished, by conversation and in order, some at a time.
+
+        No transaction stays open between pages: what is added meanwhile to conversations further on is included.
+        """
+        after: tuple[str, str] | None = None
+        while True:
+            with self._read() as connection:
+                query: Select[Any] = (
+                    select(turns.c.conversation_id, turns.c.id)
+                    .select_from(_joined())
+                    .where(*self._finished(connection, selection))
+                    .order_by(turns.c.conversation_id, turns.c.id)
+                    .limit(page)
+                )
+                if after is not None:
+                    beyond = and_(turns.c.conversation_id == after[0], turns.c.id > after[1])
+                    query = query.where(or_(turns.c.conversation_id > after[0], beyond))
+                rows = connection.execute(query).all()
+            if not rows:
+                return
+            after = rows[-1][0], rows[-1][1]
+            yield [row[1] for row in rows]
+
+    def _finished(self, connection: Connection, selection: Selection) -> list[ColumnElement[bool]]:
+        return [turns.c.status.in_(("done", "no_answer", "length")), *self._those(connection, selection)]
+
+    def _those(self, connection: Connection, selection: Selection) -> list[ColumnElement[bool]]:
+        found: list[ColumnElement[bool]] = []
+        if selection.owner is not None:
+            found.append(conversations.c.owner == selection.owner)
+        if selection.version is not None:
+            found.append(turns.c.version == selection.version)
+        if selection.since is not None:
+            found.append(turns.c.created_at >= selection.since)
+        if selection.until is not None:
+            found.append(turns.c.created_at < selection.until)
+        if selection.consenting:
+            found.append(self._may_train(conversations.c.owner))
+        if selection.search is not None:
+            found.append(turns.c.id.in_(select(search_texts.c.turn_id).where(matching(connection, selection.search))))
+        if selection.tool is not None:
+            used = steps.join(tool_results, tool_results.c.hash == steps.c.result_hash)
+            its = steps.c.turn_id == turns.c.id, tool_results.c.tool == selection.tool
+            found.append(exists().select_from(used).where(*its))
+        if selection.outcome is not None:
+            found.append(_judged(selection.outcome))
+        return found
+
+
+def _joined() -> Join:
+    return turns.join(conversations, conversations.c.id == turns.c.conversation_id)
+
+
+def _judged(outcome: str) -> ColumnElement[bool]:
+    its = outcomes.c.turn_id == turns.c.id
+    right, scored = exists().where(its, outcomes.c.score > RIGHT), exists().where(its, outcomes.c.score.is_not(None))
+    by_name = {"right": right, "wrong": and_(scored, ~right), "none": ~scored}
+    if outcome not in by_name:
+        raise InvalidRecord(f"The outcome {outcome!r} is none of {', '.join(by_name)}.")
+    return by_name[outcome]
