@@ -172,7 +172,13 @@ class Settings(BaseSettings):
         "training", description="what an owner's conversations may be used for who didn't say: `whetstone data consent`"
     )
     retention_days: int | None = Field(
-        None, ge=1, description="erase conversations that rested for so long, at start and daily; None: keep all"
+        None,
+        ge=1,
+        le=36_500,
+        description="erase conversations that rested for so long, daily; None: keep all",
+    )
+    redact_training: bool = Field(
+        False, description="take e-mail addresses, numbers and the like out of questions before they are trained on"
     )
     queue_max: int = Field(10_000, ge=1, description="tasks that may wait for training")
 

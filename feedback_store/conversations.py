@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, get_args
 
-from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy import Connection, insert, select, update
 
-from feedback_store.codec import pack_ids, pack_logprobs, pack_mask, unpack_ids, unpack_logprobs, unpack_mask
-from feedback_store.conversation_rows import conversation_of, conversation_rows
+from feedback_store.codec import pack_ids, pack_logprobs, pack_mask
+from feedback_store.conversation_rows import conversation_of, conversation_rows, step_of, turn_of
 from feedback_store.database import Database
 from feedback_store.errors import InvalidRecord, NotFound
 from feedback_store.ids import new_id
 from feedback_store.processes import Process, is_alive, this_process
-from feedback_store.records import Conversation, FinalStatus, Message, StepLike, StoredStep, Turn
+from feedback_store.records import Conversation, FinalStatus, Message, StepLike, Turn
 from feedback_store.schema import conversations, steps, turns
 from feedback_store.search import add_answer_text, add_turn_text, conversations_with, put_title_text
-from feedback_store.tool_results import as_stored, call_hash, put_result, steps_with_results, stored_observation
+from feedback_store.tool_results import as_stored, call_hash, put_result, steps_with_results
 from feedback_store.versions import may_keep
 
 _OPEN = ("running", "interrupted")  # an interrupted turn may go on: its process was only out of sight
@@ -31,40 +31,6 @@ def check_messages(messages: Sequence[Message]) -> list[Message]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise InvalidRecord(f"Message {position} has no role: {message!r}. Give {{'role': …, 'content': …}}.")
     return list(messages)
-
-
-def _step(row: Row[Any]) -> StoredStep:
-    return StoredStep(
-        index=row.position,
-        token_ids=unpack_ids(row.token_ids),
-        logprobs=unpack_logprobs(row.logprobs),
-        mask=unpack_mask(row.mask),
-        version=row.version,
-        text=row.text,
-        thought=row.thought,
-        action=row.action,
-        input=row.input,
-        observation=stored_observation(row),
-        well_formed=row.well_formed,
-        seconds=row.seconds,
-    )
-
-
-def _turn(row: Row[Any], its_steps: list[StoredStep]) -> Turn:
-    return Turn(
-        id=row.id,
-        conversation_id=row.conversation_id,
-        request_id=row.request_id,
-        messages=row.messages,
-        prompt_ids=unpack_ids(row.prompt_ids),
-        version=row.version,
-        status=row.status,
-        answer=row.answer,
-        error=row.error,
-        created_at=row.created_at,
-        finished_at=row.finished_at,
-        steps=its_steps,
-    )
 
 
 def _last_user_message(messages: list[Message]) -> Message | None:
@@ -264,7 +230,7 @@ class Conversations(Database):
             if row is None:
                 raise NotFound("turn", turn_id)
             its_steps = steps_with_results().where(steps.c.turn_id == turn_id).order_by(steps.c.position)
-            return _turn(row, [_step(step) for step in connection.execute(its_steps)])
+            return turn_of(row, [step_of(step) for step in connection.execute(its_steps)])
 
     def turn_of_request(self, request_id: str) -> str:
         """The id of the turn that answered a request: clients know a request's id, not a turn's."""
@@ -281,7 +247,7 @@ class Conversations(Database):
         if conversation_id is not None:
             query = query.where(turns.c.conversation_id == conversation_id)
         with self._read() as connection:
-            return [_turn(row, []) for row in connection.execute(query)]
+            return [turn_of(row, []) for row in connection.execute(query)]
 
     def turns_page(self, conversation_id: str, limit: int, after: str | None = None) -> list[Turn]:
         """A conversation's, without their steps, the oldest first; those after the turn `after`."""
@@ -289,7 +255,7 @@ class Conversations(Database):
         if after is not None:
             query = query.where(turns.c.id > after)
         with self._read() as connection:
-            return [_turn(row, []) for row in connection.execute(query.order_by(turns.c.id).limit(limit))]
+            return [turn_of(row, []) for row in connection.execute(query.order_by(turns.c.id).limit(limit))]
 
     def recover(self, stale_seconds: float = 86_400) -> int:
         """Marks running turns whose process is gone as interrupted, steps kept; returns how many.

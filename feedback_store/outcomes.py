@@ -15,7 +15,7 @@ from feedback_store.records import Outcome, OutcomeSource
 from feedback_store.schema import outcomes, turns
 
 
-def _outcome(row: Row[Any]) -> Outcome:
+def outcome_of(row: Row[Any]) -> Outcome:
     return Outcome(
         id=row.id,
         turn_id=row.turn_id,
@@ -97,7 +97,7 @@ class Outcomes(Consents):
                 "created_at": now,
             }
             connection.execute(insert(outcomes).values(row))
-            return _outcome(connection.execute(select(outcomes).where(outcomes.c.id == row["id"])).one())
+            return outcome_of(connection.execute(select(outcomes).where(outcomes.c.id == row["id"])).one())
 
     def outcomes(self, turn_id: str | None = None, limit: int = 100) -> list[Outcome]:
         """The newest first."""
@@ -105,4 +105,4 @@ class Outcomes(Consents):
         if turn_id is not None:
             query = query.where(outcomes.c.turn_id == turn_id)
         with self._read() as connection:
-            return [_outcome(row) for row in connection.execute(query)]
+            return [outcome_of(row) for row in connection.execute(query)]

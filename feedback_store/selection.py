@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Connection, Join, Select, and_, exists, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Join, Row, and_, exists, func, or_, select
 
 from feedback_store.consent import Consents
-from feedback_store.conversation_rows import conversation_of, conversation_rows
+from feedback_store.conversation_rows import conversation_of, conversation_rows, step_of, turn_of
 from feedback_store.errors import InvalidRecord
-from feedback_store.records import Conversation
-from feedback_store.schema import conversations, outcomes, search_texts, steps, tool_results, turns
+from feedback_store.outcomes import outcome_of
+from feedback_store.queue import task_of
+from feedback_store.records import Conversation, Outcome, QueuedTask, StoredStep, Turn
+from feedback_store.schema import conversations, outcomes, search_texts, steps, task_origins, tasks, tool_results, turns
 from feedback_store.search import matching
+from feedback_store.tool_results import steps_with_results
 
 Judged = Literal["right", "wrong", "none"]
 RIGHT = 0.9  # a verdict above it says right, as in training
@@ -39,6 +42,24 @@ class Selection:
     search: str | None = None
 
 
+@dataclass(frozen=True)
+class Answered:
+    """A finished turn, whose it is, and its verdicts, the oldest first."""
+
+    turn: Turn
+    owner: str
+    outcomes: list[Outcome]
+
+
+@dataclass(frozen=True)
+class Practised:
+    """A task that selected turns asked for, and their answers that its verifier scored right and wrong."""
+
+    task: QueuedTask
+    right: list[str]
+    wrong: list[str]
+
+
 class Reading(Consents):
     def find_conversations(self, selection: Selection, limit: int | None = 50) -> list[Conversation]:
         """Those with a turn that is selected, the most recently used first."""
@@ -57,16 +78,16 @@ class Reading(Consents):
             query = select(func.count()).select_from(_joined()).where(*self._finished(connection, selection))
             return int(connection.execute(query).scalar_one())
 
-    def turn_ids(self, selection: Selection, page: int = 200) -> Iterator[Sequence[str]]:
-        """The selected turns that are finished, by conversation and in order, some at a time.
+    def answered(self, selection: Selection, steps: bool = False, page: int = 200) -> Iterator[list[Answered]]:
+        """The selected turns that are finished, by conversation and in order, some at a time; with `steps`, theirs.
 
         No transaction stays open between pages: what is added meanwhile to conversations further on is included.
         """
         after: tuple[str, str] | None = None
         while True:
             with self._read() as connection:
-                query: Select[Any] = (
-                    select(turns.c.conversation_id, turns.c.id)
+                query = (
+                    select(turns, conversations.c.owner)
                     .select_from(_joined())
                     .where(*self._finished(connection, selection))
                     .order_by(turns.c.conversation_id, turns.c.id)
@@ -76,10 +97,40 @@ class Reading(Consents):
                     beyond = and_(turns.c.conversation_id == after[0], turns.c.id > after[1])
                     query = query.where(or_(turns.c.conversation_id > after[0], beyond))
                 rows = connection.execute(query).all()
-            if not rows:
-                return
-            after = rows[-1][0], rows[-1][1]
-            yield [row[1] for row in rows]
+                if not rows:
+                    return
+                found = _with_parts(connection, rows, steps)
+            after = rows[-1].conversation_id, rows[-1].id
+            yield found
+
+    def practised(self, selection: Selection, page: int = 200) -> Iterator[list[Practised]]:
+        """The tasks that selected turns asked for, oldest first, some at a time; none that was withdrawn."""
+        after = ""
+        while True:
+            with self._read() as connection:
+                origins = task_origins.join(turns, turns.c.id == task_origins.c.turn_id).join(conversations)
+                its = select(task_origins.c.task_id).select_from(origins).where(*self._finished(connection, selection))
+                query = (
+                    select(tasks, tasks.c.state.label("state_now"))
+                    .where(tasks.c.id.in_(its), tasks.c.id > after, tasks.c.state != "withdrawn")
+                    .order_by(tasks.c.id)
+                    .limit(page)
+                )
+                rows = connection.execute(query).all()
+                if not rows:
+                    return
+                judged = (
+                    select(outcomes.c.task_id, turns.c.answer, outcomes.c.score)
+                    .select_from(_joined().join(outcomes, outcomes.c.turn_id == turns.c.id))
+                    .where(outcomes.c.task_id.in_([row.id for row in rows]), outcomes.c.score.is_not(None))
+                    .where(turns.c.status == "done", *self._finished(connection, selection))
+                    .order_by(outcomes.c.id)
+                )
+                answers: dict[str, tuple[list[str], list[str]]] = {row.id: ([], []) for row in rows}
+                for task_id, answer, score in connection.execute(judged):
+                    answers[task_id][0 if score > RIGHT else 1].append(answer)
+            after = rows[-1].id
+            yield [Practised(task_of(row), *answers[row.id]) for row in rows]
 
     def _finished(self, connection: Connection, selection: Selection) -> list[ColumnElement[bool]]:
         return [turns.c.status.in_(("done", "no_answer", "length")), *self._those(connection, selection)]
@@ -109,6 +160,19 @@ class Reading(Consents):
 
 def _joined() -> Join:
     return turns.join(conversations, conversations.c.id == turns.c.conversation_id)
+
+
+def _with_parts(connection: Connection, rows: Sequence[Row[Any]], with_steps: bool) -> list[Answered]:
+    ids = [row.id for row in rows]
+    its_steps: dict[str, list[StoredStep]] = {}
+    if with_steps:
+        query = steps_with_results().where(steps.c.turn_id.in_(ids)).order_by(steps.c.turn_id, steps.c.position)
+        for step in connection.execute(query):
+            its_steps.setdefault(step.turn_id, []).append(step_of(step))
+    verdicts: dict[str, list[Outcome]] = {}
+    for verdict in connection.execute(select(outcomes).where(outcomes.c.turn_id.in_(ids)).order_by(outcomes.c.id)):
+        verdicts.setdefault(verdict.turn_id, []).append(outcome_of(verdict))
+    return [Answered(turn_of(row, its_steps.get(row.id, [])), row.owner, verdicts.get(row.id, [])) for row in rows]
 
 
 def _judged(outcome: str) -> ColumnElement[bool]:

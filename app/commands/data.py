@@ -11,6 +11,7 @@ import typer
 
 from app.commands import console
 from app.commands.console import AsJson
+from app.commands.export import export
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from feedback_store.lineage import Trace
 
 data = typer.Typer(help="The record of conversations.", no_args_is_help=True)
+data.command("export")(export)
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only count what would go.")]
 
