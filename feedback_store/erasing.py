@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, exists, false, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, delete, exists, false, func, insert, select, update
 
 from feedback_store.codec import clean
 from feedback_store.errors import InvalidRecord
@@ -92,7 +92,7 @@ class Work:
         self._now = now
         self._reason = reason
         self._skip_busy = skip_busy
-        self._alive: dict[str, bool] = {}  # by unfinished run
+        self._alive: list[str] | None = None  # runs under way, once they are asked for
         self._aside: dict[str, set[str]] = {}  # by run, the tasks that it didn't train on
         self._askers: Askers = {}  # of tasks so far
         self.erased = Erased()
@@ -138,8 +138,8 @@ class Work:
             task_id: {(None, owner_hash(owner))}
             for task_id in self._connection.execute(select(task_origins.c.task_id).where(mine).distinct()).scalars()
         }
-        for task_id in asked:
-            if self._is_alone(task_id, mine) and (run := self._held_by(task_id)):
+        for task_id, run in self._held(list(asked)).items():
+            if self._is_alone(task_id, mine):
                 raise Busy(_held(run, task_id))
         self._connection.execute(delete(task_origins).where(mine))
         self._erase_tasks(asked)
@@ -164,10 +164,11 @@ class Work:
             id: f"An answer of conversation {id} is under way; erase it when that has ended."
             for id in self._connection.execute(running).scalars()
         }
-        for task_id, askers in self._asked(ids).items():
-            its = select(turns.c.id).where(turns.c.conversation_id.in_(ids))
-            if (run := self._held_by(task_id)) and self._is_alone(task_id, task_origins.c.turn_id.in_(its)):
-                busy |= {conversation: _held(run, task_id) for conversation, _ in askers if conversation}
+        its = select(turns.c.id).where(turns.c.conversation_id.in_(ids))
+        asked = self._asked(ids)
+        for task_id, run in self._held(list(asked)).items():
+            if self._is_alone(task_id, task_origins.c.turn_id.in_(its)):
+                busy |= {conversation: _held(run, task_id) for conversation, _ in asked[task_id] if conversation}
         return busy
 
     def _asked(self, ids: Sequence[str]) -> Askers:
@@ -188,23 +189,25 @@ class Work:
         others = select(task_origins.c.id).where(task_origins.c.task_id == task_id, ~func.coalesce(mine, false()))
         return self._connection.execute(others).first() is None
 
-    def _held_by(self, task_id: str) -> str | None:
-        """The run under way that has claimed a task."""
-        rows = self._connection.execute(
-            select(runs)
-            .join(run_tasks, run_tasks.c.run_id == runs.c.id)
-            .where(run_tasks.c.task_id == task_id, runs.c.status == "running")
-        )
-        for row in rows:
-            if row.id not in self._alive:
-                alive = is_alive(Process(row.host, row.pid, row.process_started))
-                lease = select(func.max(tasks.c.lease_until)).where(tasks.c.run_id == row.id)
-                until = self._connection.execute(lease).scalar()
-                # A run of another machine counts as long as its leases do.
-                self._alive[row.id] = alive if alive is not None else until is not None and until > self._now
-            if self._alive[row.id]:
-                return str(row.id)
-        return None
+    def _held(self, task_ids: Sequence[str]) -> dict[str, str]:
+        """Of these tasks, those that a run under way has claimed, and the run."""
+        if self._alive is None:
+            running = self._connection.execute(select(runs).where(runs.c.status == "running")).all()
+            self._alive = [row.id for row in running if self._is_alive(row)]
+        held: dict[str, str] = {}
+        for some in chunks(task_ids) if self._alive else ():
+            claims = select(run_tasks.c.task_id, run_tasks.c.run_id).where(
+                run_tasks.c.task_id.in_(some), run_tasks.c.run_id.in_(self._alive)
+            )
+            held |= {row.task_id: row.run_id for row in self._connection.execute(claims)}
+        return held
+
+    def _is_alive(self, run: Row[Any]) -> bool:
+        alive = is_alive(Process(run.host, run.pid, run.process_started))
+        if alive is not None:
+            return alive
+        until = self._connection.execute(select(func.max(tasks.c.lease_until)).where(tasks.c.run_id == run.id)).scalar()
+        return until is not None and until > self._now  # a run of another machine counts as long as its leases do
 
     def _make_tombstones(self, rows: Sequence[Any]) -> None:
         ids = [row.id for row in rows]
@@ -233,17 +236,22 @@ class Work:
 
     def _erase_tasks(self, asked: Askers) -> None:
         """Tasks that nobody asks for any more; their origins are gone already."""
-        alone: list[str] = []
-        for task_id in asked:
-            left = select(task_origins.c.owner).where(task_origins.c.task_id == task_id).order_by(task_origins.c.id)
-            other = self._connection.execute(left.limit(1)).first()
-            if other is None:
-                alone.append(task_id)
-            else:  # by whom it was asked first isn't told any more
-                self._connection.execute(update(tasks).where(tasks.c.id == task_id).values(owner=other.owner))
-        self.erased.tasks_kept += len(asked) - len(alone)
+        others: dict[str, str] = {}
+        used: set[str] = set()
+        for some in chunks(list(asked)):
+            left = select(task_origins.c.task_id, task_origins.c.owner).where(task_origins.c.task_id.in_(some))
+            others |= {
+                row.task_id: row.owner for row in self._connection.execute(left.order_by(task_origins.c.id.desc()))
+            }
+            claimed = select(run_tasks.c.task_id).where(run_tasks.c.task_id.in_(some)).distinct()
+            used |= set(self._connection.execute(claimed).scalars())
+        for task_id, owner in others.items():  # by whom it was asked first isn't told any more
+            self._connection.execute(update(tasks).where(tasks.c.id == task_id).values(owner=owner))
+        alone = [task_id for task_id in asked if task_id not in others]
+        self.erased.tasks_kept += len(others)
         for task_id in alone:
-            self._note_uses(task_id, self._askers.get(task_id, set()) | asked[task_id])
+            if task_id in used:
+                self._note_uses(task_id, self._askers.get(task_id, set()) | asked[task_id])
         deleted, emptied = withdraw(self._connection, alone, self._now)
         self.erased.tasks_deleted += deleted
         self.erased.tasks_emptied += emptied

@@ -10,16 +10,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 
-from sqlalchemy import Connection, delete, func, select
+from sqlalchemy import Connection, delete, select, update
 
 from feedback_store.database import Database
 from feedback_store.erasing import Erased, Reason, Work, owner_hash
 from feedback_store.errors import InvalidRecord, NotFound
-from feedback_store.schema import consents, conversations, tombstones
+from feedback_store.schema import consents, conversations, erased_uses, tombstones
 from feedback_store.taints import tainted_versions
 from feedback_store.withdrawal import chunks
 
-_ROWS = select(conversations.c.id, conversations.c.owner, conversations.c.created_at).order_by(conversations.c.id)
+_ROWS = (
+    select(conversations.c.id, conversations.c.owner, conversations.c.created_at)
+    .order_by(conversations.c.id)
+    .with_for_update()
+)
+# On PostgreSQL the lock keeps new turns out; SQLite has one writer anyway.
 
 
 class Erasure(Database):
@@ -81,7 +86,11 @@ class Erasure(Database):
 
 
 def _already(connection: Connection, conversation: str | None, owner: str | None) -> int:
-    its = (
-        tombstones.c.conversation_id == conversation if owner is None else tombstones.c.owner_hash == owner_hash(owner)
-    )
-    return int(connection.execute(select(func.count()).select_from(tombstones).where(its)).scalar_one())
+    """How many were erased before. What expired then is forgotten now: what was trained on it is tainted."""
+    stones, uses = tombstones.c, erased_uses.c
+    if owner is None:
+        its, used = stones.conversation_id == conversation, uses.conversation_id == conversation
+    else:
+        its, used = stones.owner_hash == owner_hash(owner), uses.owner_hash == owner_hash(owner)
+    connection.execute(update(erased_uses).where(used).values(taints=True))
+    return connection.execute(update(tombstones).where(its).values(reason="forgotten")).rowcount

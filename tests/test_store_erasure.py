@@ -282,6 +282,8 @@ def test_old_conversations_expire_without_a_taint(tmp_path: Path) -> None:
         assert store.tainted() == {}
         assert store.sizes()["erased"] == {"expired": 1}
         assert [run.task_ids for run in store.unswept().runs] != [], "the run's own copy of the text goes too"
+        forgotten = store.erase(owner="ada")
+        assert forgotten.tainted == ["v2"], "who asks to be forgotten takes back what has expired, too"
 
 
 @pytest.mark.parametrize("what", [{}, {"owner": "a", "conversation": "b"}])

@@ -7,6 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 
+from feedback_store.errors import StoreError
 from feedback_store.search import turn_text
 
 revision = "0007"
@@ -66,6 +67,11 @@ def upgrade() -> None:
     _make_tombstones()
     connection = op.get_bind()
     if connection.dialect.name == "sqlite":
+        if not connection.execute(sa.text("SELECT 1 FROM pragma_module_list WHERE name = 'fts5'")).first():
+            raise StoreError(
+                "This Python's SQLite has no full-text index (FTS5). Use a Python whose SQLite has it, as those of "
+                "python.org, of Debian and of conda do, or PostgreSQL."
+            )
         for statement in _SQLITE_INDEX:
             op.execute(statement)
     else:
