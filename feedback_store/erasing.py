@@ -237,46 +237,46 @@ class Work:
     def _erase_tasks(self, asked: Askers) -> None:
         """Tasks that nobody asks for any more; their origins are gone already."""
         others: dict[str, str] = {}
-        used: set[str] = set()
         for some in chunks(list(asked)):
             left = select(task_origins.c.task_id, task_origins.c.owner).where(task_origins.c.task_id.in_(some))
             others |= {
                 row.task_id: row.owner for row in self._connection.execute(left.order_by(task_origins.c.id.desc()))
             }
-            claimed = select(run_tasks.c.task_id).where(run_tasks.c.task_id.in_(some)).distinct()
-            used |= set(self._connection.execute(claimed).scalars())
         for task_id, owner in others.items():  # by whom it was asked first isn't told any more
             self._connection.execute(update(tasks).where(tasks.c.id == task_id).values(owner=owner))
         alone = [task_id for task_id in asked if task_id not in others]
         self.erased.tasks_kept += len(others)
-        for task_id in alone:
-            if task_id in used:
-                self._note_uses(task_id, self._askers.get(task_id, set()) | asked[task_id])
+        self._note_uses({task_id: self._askers.get(task_id, set()) | asked[task_id] for task_id in alone})
         deleted, emptied = withdraw(self._connection, alone, self._now)
         self.erased.tasks_deleted += deleted
         self.erased.tasks_emptied += emptied
 
-    def _note_uses(self, task_id: str, askers: set[tuple[str | None, str]]) -> None:
-        used = select(run_tasks.c.run_id).where(run_tasks.c.task_id == task_id).distinct()
-        for run_id in self._connection.execute(used).scalars().all():
-            self._end(run_id)
-            self._take_out_of_report(run_id, task_id)
-            if task_id in self._set_aside(run_id):
-                continue
-            self._connection.execute(
-                insert(erased_uses),
-                [
-                    {
-                        "run_id": run_id,
-                        "task_id": task_id,
-                        "conversation_id": conversation,
-                        "owner_hash": hashed,
-                        "taints": self._reason == "forgotten",
-                        "at": self._now,
-                    }
-                    for conversation, hashed in sorted(askers, key=str)
-                ],
-            )
+    def _note_uses(self, gone: Askers) -> None:
+        """Writes down which runs trained on these tasks; one that was interrupted is ended."""
+        for some in chunks(list(gone)):
+            used = select(run_tasks.c.run_id, run_tasks.c.task_id).where(run_tasks.c.task_id.in_(some)).distinct()
+            by_run: dict[str, list[str]] = {}
+            for run_id, task_id in self._connection.execute(used):
+                by_run.setdefault(run_id, []).append(task_id)
+            for run_id, task_ids in by_run.items():
+                self._end(run_id)
+                self._take_out_of_report(run_id, task_ids)
+            rows = [
+                {
+                    "run_id": run_id,
+                    "task_id": task_id,
+                    "conversation_id": conversation,
+                    "owner_hash": hashed,
+                    "taints": self._reason == "forgotten",
+                    "at": self._now,
+                }
+                for run_id, task_ids in by_run.items()
+                for task_id in task_ids
+                if task_id not in self._set_aside(run_id)
+                for conversation, hashed in sorted(gone[task_id], key=str)
+            ]
+            if rows:
+                self._connection.execute(insert(erased_uses), rows)
 
     def _set_aside(self, run_id: str) -> set[str]:
         if run_id not in self._aside:
@@ -294,15 +294,15 @@ class Work:
             )
             self.erased.runs_ended.append(run_id)
 
-    def _take_out_of_report(self, run_id: str, task_id: str) -> None:
-        messages = self._connection.execute(select(tasks.c.messages).where(tasks.c.id == task_id)).scalar()
+    def _take_out_of_report(self, run_id: str, task_ids: Sequence[str]) -> None:
         report = self._connection.execute(select(runs.c.report).where(runs.c.id == run_id)).scalar() or {}
-        question = messages[-1].get("content") if messages else None
-        examples = report.get("examples") or []
-        left = [example for example in examples if example.get("question") != question]
-        if len(left) < len(examples):
-            without = report | {"examples": left}
-            self._connection.execute(update(runs).where(runs.c.id == run_id).values(report=without))
+        if not (examples := report.get("examples")):
+            return
+        asked = self._connection.execute(select(tasks.c.messages).where(tasks.c.id.in_(task_ids))).scalars()
+        questions = [messages[-1].get("content") for messages in asked if messages]
+        left = [example for example in examples if example.get("question") not in questions]
+        without = report | {"examples": left}
+        self._connection.execute(update(runs).where(runs.c.id == run_id).values(report=without))
 
 
 def _held(run_id: str, task_id: str) -> str:

@@ -220,6 +220,7 @@ outcomes = Table(
     Column("note", CleanText, nullable=False),
     Column("created_at", UtcTime, nullable=False),
     Index(None, "turn_id"),
+    Index(None, "task_id"),
     Index(None, "source"),
 )
 
@@ -335,6 +336,7 @@ erased_uses = Table(  # what a run trained on and was erased since
     Column("taints", Boolean, nullable=False),  # the run's versions: not where the text only grew too old
     Column("at", UtcTime, nullable=False),
     Index(None, "run_id"),
+    Index(None, "task_id"),
     Index(None, "conversation_id"),
     Index(None, "owner_hash"),
 )

@@ -31,12 +31,12 @@ def withdraw(connection: Connection, task_ids: Sequence[str], now: datetime) -> 
         emptied += len(used)
         lapsed = run_tasks.c.task_id.in_(used) & (run_tasks.c.state == "claimed")
         connection.execute(update(run_tasks).where(lapsed).values(state="expired", ended_at=now))
-        for task_id in used:
+        if used:
             connection.execute(
                 update(tasks)
-                .where(tasks.c.id == task_id)
+                .where(tasks.c.id.in_(used))
                 .values(
-                    content_hash=f"withdrawn:{task_id}",
+                    content_hash="withdrawn:" + tasks.c.id,
                     messages=[],
                     gold="",
                     owner="",

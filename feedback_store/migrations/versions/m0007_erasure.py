@@ -65,6 +65,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("owner", name=op.f("pk_consents")),
     )
     _make_tombstones()
+    op.create_index(op.f("ix_outcomes_task_id"), "outcomes", ["task_id"])
     connection = op.get_bind()
     if connection.dialect.name == "sqlite":
         if not connection.execute(sa.text("SELECT 1 FROM pragma_module_list WHERE name = 'fts5'")).first():
@@ -122,7 +123,7 @@ def _make_tombstones() -> None:
         ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_erased_uses")),
     )
-    for column in ("run_id", "conversation_id", "owner_hash"):
+    for column in ("run_id", "task_id", "conversation_id", "owner_hash"):
         op.create_index(op.f(f"ix_erased_uses_{column}"), "erased_uses", [column])
 
 
