@@ -38,5 +38,6 @@ def redact_task(task: Task, redact: Redact) -> Task | str:
 
 
 def _overlap(gold: str, gone: str) -> bool:
+    """Whether one is a part of the other, the gold by whole words: "5" is no part of 415."""
     gold, gone = gold.strip().casefold(), gone.strip().casefold()
-    return bool(gold) and (gold in gone or gone in gold)
+    return bool(gold) and (gone in gold or re.search(rf"(?<!\w){re.escape(gold)}(?!\w)", gone) is not None)

@@ -6,7 +6,6 @@ from contextlib import aclosing
 
 import pytest
 
-from app.redaction import redactor
 from feedback_store import Store
 from online_rl.adapters import fresh_adapter, save_adapter, save_version
 from online_rl.loop import RunOptions, RunRefused, _only_run, run_once
@@ -123,23 +122,6 @@ def test_a_run_without_enough_tasks_ends_politely_and_gives_them_back(home, tiny
     assert "too few" in result.reasons[0]
     assert store.queue_stats()["pending"] == 3
     assert store.current_version() == "v0"
-
-
-def test_queued_questions_are_redacted_before_they_are_trained_on(home, tiny, tools):
-    path, store = home
-    store.complete(earlier := store.start_run("earlier", {}), [task.id for task in store.claim(earlier, 999)])
-    for question, verifier, gold in (
-        ("I am ada@example.com. Which is the largest planet?", "exact", "Jupiter"),
-        ("What is 555-123-4567 + 1?", "numeric", "2"),
-    ):
-        store.add_task([{"role": "user", "content": question}], verifier, gold, "k", "test")
-    few = RunOptions(make_recipe(RECIPE), HELDOUT, redact=redactor())
-    result = run_once(path, store, tiny, tools, few)
-    (task,) = json.loads((result.folder / "tasks.json").read_text())
-    assert task["messages"][0]["content"] == "I am [EMAIL]. Which is the largest planet?"
-    (claim,) = [stage.detail for stage in store.run(result.run_id).stages if stage.stage == "claim"]
-    assert [len(ids) for ids in claim["set_aside"].values()] == [1]
-    assert "number of its question" in next(iter(claim["set_aside"]))
 
 
 def test_an_empty_registry_is_refused(tmp_path, tiny, tools):
