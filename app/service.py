@@ -21,6 +21,7 @@ from feedback_store import Conversation, NotFound, Outcome, Store, StoreError
 from feedback_store.records import FinalStatus, Turn
 from online_rl import verifiers
 from serving.engines.base import EngineError, PromptTooLong, Sampling
+from serving.prompts import PromptRenderer
 from serving.terms import Terms
 from serving.trajectory import AnswerText, Done, Event, StepDone, StopReason, Trajectory, calls_a_tool
 from tools.context import ToolContext
@@ -120,6 +121,7 @@ class Service:
         self.router = router
         self.engine = engine
         self._agent = agent
+        self._prompts = PromptRenderer(agent)
         self._max_answers = max_answers
         self.metrics = Metrics()
         self._in_flight = 0
@@ -148,8 +150,7 @@ class Service:
                     'with metadata {"server_tools": "none"}.'
                 )
             watch = stack.enter_context(self.metrics.answer(allowed))
-            # Here: a tokenizer isn't for several threads
-            prompt_ids = self._agent.render(question.messages, allowed, question.terms)
+            prompt_ids = await self._prompts.render(question.messages, allowed, question.terms)
             lease = self.router.lease(question.version, question.owner, question.conversation_id)
             version = await stack.enter_async_context(lease)
             started = await self._begin(question, version, prompt_ids)
@@ -232,7 +233,7 @@ class Service:
             healthy, report["store"] = False, {"error": str(error)}
         return healthy, {"status": "ok" if healthy else "unhealthy"} | report
 
-    def fit(self, messages: list[Message], room: int) -> list[Message]:
+    async def fit(self, messages: list[Message], room: int) -> list[Message]:
         """`messages` without as many of the oldest exchanges as it takes to leave `room` tokens for the answer.
 
         The last message always stays; if it is too long by itself, `answer` says so.
@@ -241,7 +242,7 @@ class Service:
         fitted = list(messages)
         while len(fitted) > 1:
             try:
-                if len(self._agent.render(fitted)) <= limit:
+                if len(await self._prompts.render(fitted)) <= limit:
                     break
             except PromptTooLong:
                 pass  # the same answer, given earlier

@@ -89,8 +89,14 @@ class Agent:
         if terms.schema is not None:
             messages = [*messages, {"role": "system", "content": _as_json(terms.schema)}]
         server = self.toolbox.schemas(allowed)
-        ids = self.dialect.render(messages, [*server, *terms.tools])
         room = self.engine.context_length - _ROOM_FOR_AN_ANSWER
+        far_too_long = sum(len(message["content"]) for message in messages) > _CHARS_PER_TOKEN * room
+        if far_too_long and (least := self.dialect.at_least(messages)) > room:  # encoding it would take a second
+            raise PromptTooLong(
+                f"The conversation has {least} tokens or more; the model reads at most {room}. Shorten it or start "
+                "anew."
+            )
+        ids = self.dialect.render(messages, [*server, *terms.tools])
         if len(ids) > room:
             without = len(self.dialect.render(messages, server)) if terms.tools else len(ids)
             if without <= room:

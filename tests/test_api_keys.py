@@ -167,6 +167,24 @@ async def test_answers_at_once_are_counted_until_they_end(serve: Serve) -> None:
             await client.chat.completions.create(model="whetstone", messages=HELLO)
 
 
+async def test_each_of_several_answers_takes_a_place_of_its_keys(serve: Serve) -> None:
+    async with serve(answers_per_key=3) as served:
+        served.engine.delay = 0.01
+        _, secret = served.store.add_key("three", ["chat"])
+        async with served.client(secret) as client:
+            create = client.chat.completions.create
+            stream = await create(model="whetstone", messages=SLOW, stream=True)
+            with pytest.raises(openai.RateLimitError, match="1 answer under way and asks for 3 more; its limit is 3"):
+                await create(model="whetstone", messages=HELLO, n=3)
+            assert len((await create(model="whetstone", messages=HELLO, n=2)).choices) == 2
+            async for _ in stream:
+                pass
+            assert len((await create(model="whetstone", messages=HELLO, n=3)).choices) == 3
+            with pytest.raises(openai.BadRequestError, match="may have 3 answers at once") as never:
+                await create(model="whetstone", messages=HELLO, n=4)
+            assert never.value.param == "n"
+
+
 async def test_browsers_elsewhere_are_kept_out_unless_named(serve: Serve) -> None:
     asking = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
     async with serve() as served, served.http(Origin="https://page.example") as page:
