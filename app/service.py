@@ -76,6 +76,7 @@ class Question:
     gold: str | None = None
     terms: Terms = field(default_factory=Terms)
     server_tools: bool = True
+    response: Mapping[str, Any] | None = None  # kept with the turn: see `app.api.responses`
     request_id: str = field(default_factory=new_request_id)
 
 
@@ -273,6 +274,12 @@ class Service:
                 self._idle.set()
 
     async def _begin(self, question: Question, version: str, prompt_ids: list[int]) -> Started:
+        asked: dict[str, Any] = {}
+        if question.terms.tools:
+            asked["tools"] = [tool.name for tool in question.terms.tools]
+        if question.response is not None:
+            asked["response"] = dict(question.response)
+
         def begin() -> tuple[str, str]:
             conversation_id = question.conversation_id
             if conversation_id is None:
@@ -286,6 +293,7 @@ class Service:
                 prompt_ids,
                 question.request_id,
                 stays=question.version is None,
+                asked=asked,
             )
             return conversation_id, turn_id
 
@@ -297,7 +305,7 @@ class Service:
         files = self.workspaces.files(turn.conversation_id) if self.workspaces is not None else []
         if any(file.modified_at < turn.created_at for file in files):
             return "the question came with files, which training doesn't have."
-        if any(message["role"] == "tool" for message in turn.messages):
+        if turn.asked.get("tools") or any(message["role"] == "tool" for message in turn.messages):
             return "the question rests on the client's own tools, which training doesn't have."
         return ""
 

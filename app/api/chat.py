@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from app.api import choices, wire
-from app.api.asked import to_messages, to_terms
+from app.api.asked import said_in_chat, to_messages, to_sampling, to_terms
 from app.api.errors import ApiError, as_api_error
 from app.api.limits import take_places
 from app.api.schema import ChatRequest
@@ -26,11 +26,9 @@ from app.api.streaming import (
 )
 from app.service import Finished, Question, Service, ServiceEvent, Started
 from app.settings import Settings
-from serving.engines.base import Sampling
 
 Answering = AsyncGenerator[ServiceEvent]
 Events = AsyncGenerator[tuple[int, ServiceEvent]]
-_SEEDS = 2**31  # an engine's seeds are 32 bits wide; a client's may be any number
 
 
 def router(service: Service, settings: Settings) -> APIRouter:
@@ -64,16 +62,11 @@ def to_question(body: ChatRequest, owner: str, settings: Settings, request_id: s
             "invalid_value",
             "n",
         )
-    asked = body.max_completion_tokens or body.max_tokens or settings.max_tokens
+    asked = body.max_completion_tokens or body.max_tokens
     return Question(
         owner=owner,
-        messages=to_messages(body.messages),
-        sampling=Sampling(
-            temperature=settings.temperature if body.temperature is None else body.temperature,
-            top_p=settings.top_p if body.top_p is None else body.top_p,
-            max_tokens=min(asked, settings.max_tokens),
-            seed=None if body.seed is None else body.seed % _SEEDS,
-        ),
+        messages=to_messages(said_in_chat(body.messages)),
+        sampling=to_sampling(settings, body.temperature, body.top_p, asked, body.seed),
         conversation_id=metadata.conversation_id if metadata else None,
         version=None if body.model == settings.model_name else body.model,
         verifier=metadata.verifier if metadata else None,

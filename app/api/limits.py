@@ -19,7 +19,7 @@ from app.keys import Holder
 from app.owners import LOCAL_OWNER
 from app.settings import Settings
 
-ANSWER_PATHS = frozenset({"/v1/chat/completions"})
+ANSWER_PATHS = frozenset({"/v1/chat/completions", "/v1/responses"})
 UNCOUNTED = frozenset({"/healthz", "/metrics"})  # asked by machines that watch this one
 _MINUTE_MS = 60_000
 _OWNERS = 10_000  # buckets kept; one that nobody used for a minute is empty, and may go
