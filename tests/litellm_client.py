@@ -1,6 +1,6 @@
 """What a program with litellm does, in an environment of its own: `python litellm_client.py URL` prints JSON.
 
-It runs by itself and imports nothing of Whetstone's: litellm wants versions of other packages than Whetstone's tools do.
+It runs by itself and imports nothing of Whetstone's, whose parts want other versions of packages than litellm does.
 """
 
 import json
