@@ -120,7 +120,7 @@ async def test_a_conversation_goes_on(world: World) -> None:
 
 async def test_sampling_parameters_reach_the_engine(world: World) -> None:
     body = (await world.chat(HELLO, max_completion_tokens=16, temperature=0, seed=3)).json()
-    assert body["usage"]["completion_tokens"] <= 16 * 5
+    assert body["usage"]["completion_tokens"] <= 16, "in all generations of the answer"
 
 
 LONG = "word " * 4000

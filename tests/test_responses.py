@@ -159,6 +159,10 @@ async def test_a_response_goes_on_in_its_conversation_without_its_instructions(s
     assert said == [("system", "Speak Greek."), ("user", "hello"), ("assistant", first.output_text), ("user", Q)]
     assert turn.conversation_id == first.whetstone["conversation_id"]
     assert second.previous_response_id == first.id
+    served.engine.dead = True
+    with pytest.raises(openai.InternalServerError):
+        await create("hello", conversation=turn.conversation_id)
+    served.engine.dead = False  # the turn that failed is no part of what was said
     third = await create("hello", conversation=turn.conversation_id)
     assert len(served.store.turn(third.whetstone["turn_id"]).messages) == 5
     assert third.conversation.id == turn.conversation_id

@@ -4,10 +4,12 @@ import asyncio
 import json
 import socket
 from contextlib import aclosing
+from copy import deepcopy
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.normalizers import NFC
 
 from serving.agent import Agent, Limits, ToolsTooLong
 from serving.dialects import make_dialect
@@ -271,13 +273,26 @@ def test_a_schema_of_any_depth_is_refused_in_time():
         check_grammar(deep)
 
 
+@pytest.fixture(scope="module")
+def plain(base):
+    return PlainEncoder(base.tokenizer)
+
+
 @settings(deadline=None)
 @given(st.text(st.characters(codec="utf-8") | st.sampled_from("# =\n<|im_end>"), max_size=300))
-def test_no_text_has_fewer_tokens_than_are_told_without_encoding_it(base, text):
-    encode = PlainEncoder(base.tokenizer)
-    assert encode.at_least(text) <= len(encode(text))
+def test_no_text_has_fewer_tokens_than_are_told_without_encoding_it(plain, text):
+    assert plain.at_least(text) <= len(plain(text))
     long = text + "\n" + " " * 80  # one token, the longest that there is
-    assert 10 <= encode.at_least(long * 10) <= len(encode(long * 10))
+    assert 10 <= plain.at_least(long * 10) <= len(plain(long * 10))
+
+
+def test_a_text_that_a_tokenizer_makes_shorter_counts_as_it_is_read(base):
+    tokenizer = deepcopy(base.tokenizer)
+    tokenizer.backend_tokenizer.normalizer = NFC()
+    encode = PlainEncoder(tokenizer)
+    text = "\u1112\u1161\u11ab" * 2000  # three letters of Hangul, which are one syllable
+    assert len(text.encode()) == 18_000
+    assert encode.at_least(text) == 6000 // 81 <= len(encode(text))
 
 
 def test_a_text_that_is_far_too_long_is_refused_unread(make, base):

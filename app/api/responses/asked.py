@@ -17,7 +17,7 @@ from feedback_store import Turn
 from serving.terms import ANY_OBJECT, Terms
 
 _FIELDS = Fields("input", "call_id", "name", "arguments", "call_id")
-_ANSWERED = ("done", "no_answer", "length", "tool_calls")
+ANSWERED = ("done", "no_answer", "length", "tool_calls")  # what can be gone on from
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def messages_after(turn: Turn) -> list[dict[str, Any]]:
 
     Raises ApiError for a turn without an answer.
     """
-    if turn.status not in _ANSWERED:
+    if turn.status not in ANSWERED:
         state = "is still being answered" if turn.status == "running" else f"has no answer ({turn.status})"
         raise ApiError(
             409, f"the response before {state}: go on from the one before it.", "response_not_finished", "input"

@@ -20,7 +20,7 @@ from app.api.responses import wire
 from app.service import Finished, ServiceEvent, Started
 from serving.trajectory import AnswerText, ClientCall, StepDone, Thinking, ToolCall, ToolResult
 
-Told = tuple[str, str]  # an event's type, and its JSON
+Sent = tuple[str, str]  # an event's type, and its JSON
 
 _TYPES: dict[str, type[BaseModel]] = {
     "response.created": types.ResponseCreatedEvent,
@@ -55,11 +55,11 @@ class Events:
         self._space = ""  # at its end, so far: an answer has none there
         self._call: ClientCall | None = None
 
-    def first(self) -> list[Told]:
+    def first(self) -> list[Sent]:
         told = wire.begun(self._started, self._created_at)
         return [self._response("response.created", told), self._response("response.in_progress", told)]
 
-    def event(self, event: ServiceEvent) -> list[Told]:
+    def event(self, event: ServiceEvent) -> list[Sent]:
         match event:
             case AnswerText(text):
                 return self._grow(text)
@@ -76,8 +76,8 @@ class Events:
                 return [self._tell("whetstone.step", index=step.index, action=step.action)]
         return []
 
-    def last(self, finished: Finished, completed_at: float) -> list[Told]:
-        told: list[Told] = []
+    def last(self, finished: Finished, completed_at: float) -> list[Sent]:
+        told: list[Sent] = []
         output: list[dict[str, Any]] = []
         status = "incomplete" if finished.trajectory.stop_reason == "length" else "completed"
         if self._call is not None:
@@ -93,7 +93,7 @@ class Events:
         end = wire.ended(finished, output, self._created_at, completed_at)
         return [*told, self._response(f"response.{end.status}", end)]
 
-    def failed(self, error: ApiError) -> list[Told]:
+    def failed(self, error: ApiError) -> list[Sent]:
         told = self._close("incomplete")
         end = wire.Told(
             self._started.turn_id,
@@ -105,20 +105,20 @@ class Events:
         )
         return [*told, self._response("response.failed", end)]
 
-    def _grow(self, text: str) -> list[Told]:
+    def _grow(self, text: str) -> list[Sent]:
         told = [] if self._writing == self._step else self._open(self._step)
         grown = self._space + text if self._text else text.lstrip()
         shown = grown.rstrip()
         self._space = grown[len(shown) :]
         return told + self._delta(shown)
 
-    def _delta(self, text: str) -> list[Told]:
+    def _delta(self, text: str) -> list[Sent]:
         if not text:
             return []
         self._text += text
         return [self._in_part("response.output_text.delta", delta=text, logprobs=[])]
 
-    def _open(self, step: int) -> list[Told]:
+    def _open(self, step: int) -> list[Sent]:
         """A message, in place of an open one that came to nothing: the policy began to answer, and then acted."""
         told = self._close("incomplete")
         self._writing, self._text, self._space = step, "", ""
@@ -127,7 +127,7 @@ class Events:
         told.append(self._in_part("response.content_part.added", part=wire.output_text("")))
         return told
 
-    def _close(self, status: str, cited: Sequence[Mapping[str, Any]] = ()) -> list[Told]:
+    def _close(self, status: str, cited: Sequence[Mapping[str, Any]] = ()) -> list[Sent]:
         if self._writing is None:
             return []
         whole = wire.message(self._started.turn_id, self._writing, self._text, status, cited)
@@ -144,7 +144,7 @@ class Events:
         self._writing = None
         return told
 
-    def _called(self, call: ClientCall) -> list[Told]:
+    def _called(self, call: ClientCall) -> list[Sent]:
         self._call = call
         told = self._close("incomplete")
         begun = wire.function_call(self._started.turn_id, ClientCall(call.tool, ""), "in_progress")
@@ -159,15 +159,15 @@ class Events:
         self._items += 1
         return told
 
-    def _in_part(self, kind: str, **fields: Any) -> Told:
+    def _in_part(self, kind: str, **fields: Any) -> Sent:
         assert self._writing is not None, "a part belongs to an open message"
         at = wire.message_id(self._started.turn_id, self._writing)
         return self._tell(kind, item_id=at, output_index=self._items, content_index=0, **fields)
 
-    def _response(self, kind: str, told: wire.Told) -> Told:
+    def _response(self, kind: str, told: wire.Told) -> Sent:
         return self._tell(kind, response=wire.response(told, self._echo))
 
-    def _tell(self, kind: str, **fields: Any) -> Told:
+    def _tell(self, kind: str, **fields: Any) -> Sent:
         shape = _TYPES.get(kind, BaseModel)
         made = shape.model_validate({"type": kind, "sequence_number": self._number, **fields})
         self._number += 1

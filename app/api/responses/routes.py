@@ -13,7 +13,7 @@ from openai.types.responses import ResponseItemList
 
 from app.api.errors import ApiError, as_api_error
 from app.api.responses import wire
-from app.api.responses.asked import Before, check, context_of, to_question
+from app.api.responses.asked import ANSWERED, Before, check, context_of, to_question
 from app.api.responses.events import Events
 from app.api.responses.schema import ResponseRequest
 from app.api.streaming import (
@@ -62,8 +62,9 @@ def router(service: Service, settings: Settings) -> APIRouter:
             return Before(turn.conversation_id, turn)
         if body.conversation_id is not None:
             conversation = service.own_conversation(body.conversation_id, owner)
-            last = service.store.turns(conversation.id, 1)
-            return Before(conversation.id, service.store.turn(last[0].id) if last else None)
+            turns = service.store.turns(conversation.id)
+            last = next((turn.id for turn in turns if turn.status in (*ANSWERED, "running")), None)
+            return Before(conversation.id, service.store.turn(last) if last else None)
         return Before()
 
     @routes.post("", summary="Answer, and keep the answer to go on from")
