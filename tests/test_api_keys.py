@@ -159,6 +159,8 @@ async def test_answers_at_once_are_counted_until_they_end(serve: Serve) -> None:
                 await client.chat.completions.create(model="whetstone", messages=HELLO)
             assert refused.value.code == "concurrency_limit_exceeded"
             assert refused.value.response.headers["retry-after"]
+            with pytest.raises(openai.RateLimitError, match="1 answer under way"):
+                await client.responses.create(model="whetstone", input="hello")
             await client.models.list()  # no answer: not held up
             both = [other.chat.completions.create(model="whetstone", messages=HELLO) for _ in range(2)]
             assert len(await asyncio.gather(*both)) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -259,6 +260,17 @@ async def test_an_error_midway_is_a_failed_response(served: Served, create: Any)
         with pytest.raises(openai.InternalServerError) as dead:
             await create(Q, stream=stream)
         assert dead.value.status_code == 503
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_goes_away_cancels_at_once(served: Served, create: Any, stream: bool) -> None:
+    served.engine.delay = 3600  # no event will come
+    asking = asyncio.create_task(create(stream=stream))
+    await until(lambda: len(served.engine.requests) == 1)
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    await until(lambda: served.store.turns()[0].status == "cancelled")
+    assert served.engine.aborted == 1
 
 
 BAD: list[tuple[dict[str, Any], int, str | None]] = [

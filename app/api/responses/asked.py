@@ -9,8 +9,9 @@ from typing import Any
 from app.api.asked import Fields, Said, checked_schema, make_terms, to_messages, to_sampling
 from app.api.errors import ApiError
 from app.api.responses.schema import CallItem, Content, FunctionChoice, Item, MessageItem, ResponseRequest, SchemaFormat
-from app.api.responses.wire import call_of, tool_call
+from app.api.responses.wire import call_of
 from app.api.schema import FunctionCallIn, FunctionName, MessageIn, ToolCallIn
+from app.api.wire import tool_call
 from app.service import Question
 from app.settings import Settings
 from feedback_store import Turn

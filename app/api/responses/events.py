@@ -14,7 +14,7 @@ from typing import Any
 from openai import BaseModel
 from openai.types import responses as types
 
-from app.api import wire as chat_wire
+from app.api import wire as chat
 from app.api.errors import ApiError
 from app.api.responses import wire
 from app.service import Finished, ServiceEvent, Started
@@ -87,7 +87,7 @@ class Events:
             if self._writing != last:  # the answer only became clear at the end
                 told += self._open(last)
                 told += self._delta(finished.trajectory.answer)
-            cited = wire.flat(chat_wire.url_citations(finished))
+            cited = wire.flat(chat.url_citations(finished))
             output = [wire.message(self._started.turn_id, last, self._text, status, cited)]
             told += self._close(status, cited)
         end = wire.ended(finished, output, self._created_at, completed_at)
@@ -101,7 +101,7 @@ class Events:
             "failed",
             self._created_at,
             error=wire.failure(error),
-            whetstone=wire.ids(self._started) | error.body,
+            whetstone=chat.ids(self._started) | error.body,
         )
         return [*told, self._response("response.failed", end)]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from openai.types.responses import Response
 
-from app.api import wire
+from app.api import wire as chat
 from app.api.errors import ApiError
 from app.citations import collect
 from app.service import Finished, Started
@@ -47,14 +47,14 @@ class Told:
 
 
 def begun(started: Started, created_at: float) -> Told:
-    return Told(started.turn_id, started.version, "in_progress", created_at, whetstone=ids(started))
+    return Told(started.turn_id, started.version, "in_progress", created_at, whetstone=chat.ids(started))
 
 
 def ended(finished: Finished, output: Sequence[Mapping[str, Any]], created_at: float, completed_at: float) -> Told:
     started, trajectory = finished.started, finished.trajectory
     status = {"length": "incomplete", "cancelled": "cancelled"}.get(trajectory.stop_reason, "completed")
     used = usage(started.prompt_tokens, trajectory.own_tokens)
-    more = ids(started) | wire.summary(finished)
+    more = chat.ids(started) | chat.summary(finished)
     return Told(started.turn_id, started.version, status, created_at, completed_at, output, used, None, more)
 
 
@@ -187,20 +187,6 @@ def call_of(turn: Turn) -> ClientCall:
     """The client's tool that a turn ended with calling."""
     call = read_call(turn.steps[-1].input)
     return ClientCall(call.tool, call.input)
-
-
-def tool_call(turn_id: str, call: ClientCall) -> dict[str, Any]:
-    """In chat's shape, which the record keeps."""
-    function = {"name": call.tool, "arguments": call.arguments}
-    return {"id": f"call_{_bare(turn_id)}", "type": "function", "function": function}
-
-
-def ids(started: Started) -> dict[str, Any]:
-    return {
-        "turn_id": started.turn_id,
-        "conversation_id": started.conversation_id,
-        "version": started.version,
-    }
 
 
 def response_id(turn_id: str) -> str:
