@@ -56,7 +56,6 @@ async def test_an_answer_names_its_version_and_its_turn_and_is_recorded(served: 
     kept = await served.client.responses.retrieve(told.id)
     same = {
         "id",
-        "created_at",
         "status",
         "model",
         "output",
@@ -169,6 +168,12 @@ async def test_a_response_goes_on_in_its_conversation_without_its_instructions(s
     assert third.conversation.id == turn.conversation_id
 
     items = served.client.responses.input_items
+    with pytest.raises(openai.BadRequestError, match="include"):
+        await served.client.responses.retrieve(second.id, include=["reasoning.encrypted_content"])
+    with pytest.raises(openai.BadRequestError, match="limit: Input should be"):
+        await items.list(second.id, limit=0)
+    with pytest.raises(openai.NotFoundError, match="no item"):
+        await items.list(second.id, after="item_none")
     page = await items.list(second.id, order="asc", limit=2)
     assert [item.role for item in page.data] == ["user", "assistant"]  # type: ignore[union-attr]
     assert [item.role async for item in items.list(second.id, limit=2)] == ["user", "assistant", "user"]
@@ -295,6 +300,9 @@ BAD: list[tuple[dict[str, Any], int, str | None]] = [
     ({"include": ["reasoning.encrypted_content"]}, 400, "include"),
     ({"metadata": {"verifier": "numeric"}}, 400, "metadata"),
     ({"metadata": {"n": "x" * 513}}, 400, "metadata.n"),
+    ({"metadata": {f"k{n}": "x" for n in range(17)}}, 400, "metadata"),
+    ({"metadata": {"k" * 65: "x"}}, 400, "metadata"),
+    ({"stream_options": {"include_obfuscation": False}}, 400, "stream_options"),
     ({"previous_response_id": "resp_a", "conversation": "conv_b"}, 400, "conversation"),
     ({"conversation": "conv_none"}, 404, None),
     ({"max_output_tokens": 0}, 400, "max_output_tokens"),

@@ -86,6 +86,7 @@ def router(service: Service, settings: Settings) -> APIRouter:
 
     @routes.get("/{response_id}", summary="A response as it is now")
     async def read(response_id: str, request: Request, stream: bool = False) -> dict[str, Any]:
+        _only(request, "stream")
         if stream:
             raise ApiError(400, "stream: a response is streamed once, to who asked.", "unsupported_parameter", "stream")
         turn = await service.call(found, response_id, request.state.owner)
@@ -111,6 +112,7 @@ def router(service: Service, settings: Settings) -> APIRouter:
         order: Literal["asc", "desc"] = "desc",
         after: Annotated[str | None, Query(description="the last id of the page before")] = None,
     ) -> dict[str, Any]:
+        _only(request, "limit", "order", "after")
         turn = await service.call(found, response_id, request.state.owner)
         items = wire.input_items(turn.id, context_of(turn))
         if order == "desc":
@@ -131,6 +133,13 @@ def router(service: Service, settings: Settings) -> APIRouter:
         return ResponseItemList.model_validate(page).model_dump(exclude_unset=True, by_alias=True)
 
     return routes
+
+
+def _only(request: Request, *known: str) -> None:
+    """Refuse a query that asks for more than there is. Raises ApiError."""
+    for name in request.query_params:
+        if name not in known:
+            raise ApiError(400, f"{name}: it isn't supported. Leave it out.", "unsupported_parameter", name)
 
 
 async def _whole(answering: Answering, echo: Mapping[str, Any]) -> Response:
