@@ -26,18 +26,21 @@ class Swept:
     unfinished: str = ""
 
 
-def sweep(store: Store, home: Path, workspaces: Workspaces, *, vacuum: bool) -> Swept:
+def sweep(store: Store, home: Path, workspaces: Workspaces | None = None, *, vacuum: bool) -> Swept:
     """Finish every erasure in the record: files, run folders, the database's leftovers. Blocks. Raises StoreError.
 
     `vacuum`: see `Store.sweep_database`.
     """
     from online_rl.run_files import forget_tasks
     from tools.file_rules import WorkspaceError
+    from tools.workspace import Workspaces
+
+    files = workspaces or Workspaces(home / "files")
 
     left = store.unswept()
     try:
         for conversation_id in left.conversations:
-            workspaces.forget(conversation_id)
+            files.forget(conversation_id)
         changed = sum(
             forget_tasks(home / "runs" / run.run_id, set(run.task_ids), whole=not run.has_version) for run in left.runs
         )

@@ -12,7 +12,6 @@ from datetime import UTC, datetime, timedelta
 from app.erasure import sweep
 from app.settings import Settings
 from feedback_store import Store, StoreError
-from tools.workspace import Workspaces
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ def tidy(store: Store, settings: Settings) -> int:
         before = datetime.now(UTC) - timedelta(days=settings.retention_days)
         gone = len(store.expire(before).conversations)
     if store.unswept().conversations:
-        sweep(store, settings.home, Workspaces(settings.home / "files"), vacuum=False)
+        sweep(store, settings.home, vacuum=False)
     return gone
 
 

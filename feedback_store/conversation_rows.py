@@ -54,4 +54,5 @@ def turn_of(row: Row[Any], its_steps: list[StoredStep]) -> Turn:
         created_at=row.created_at,
         finished_at=row.finished_at,
         steps=its_steps,
+        asked=row.asked or {},
     )

@@ -8,13 +8,28 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, delete, exists, false, func, insert, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Select,
+    and_,
+    delete,
+    exists,
+    false,
+    func,
+    insert,
+    literal,
+    select,
+    update,
+)
 
 from feedback_store.codec import clean
 from feedback_store.errors import InvalidRecord
 from feedback_store.processes import Process, is_alive
 from feedback_store.queue import give_up_claims
 from feedback_store.schema import (
+    UtcTime,
     conversations,
     erased_turns,
     erased_uses,
@@ -29,6 +44,7 @@ from feedback_store.schema import (
     tool_results,
     turns,
 )
+from feedback_store.search import put_title_text
 from feedback_store.taints import clean_ancestor, tainted_versions
 from feedback_store.uses import set_aside
 from feedback_store.versions import current_version_of
@@ -108,28 +124,33 @@ class Work:
         if not rows:
             return
         ids = [row.id for row in rows]
-        execute, found = self._connection.execute, self.erased
         its = select(turns.c.id).where(turns.c.conversation_id.in_(ids))
         self._make_tombstones(rows)
-        found.conversations += ids
+        self.erased.conversations += ids
         asked = self._asked(ids)
         for task_id, askers in asked.items():
             self._askers.setdefault(task_id, set()).update(askers)
-        seen = list(
-            execute(select(steps.c.result_hash).where(steps.c.turn_id.in_(its), steps.c.result_hash.is_not(None)))
-            .scalars()
-            .unique()
-        )
-        execute(delete(search_texts).where(search_texts.c.conversation_id.in_(ids)))
-        found.outcomes += execute(delete(outcomes).where(outcomes.c.turn_id.in_(its))).rowcount
-        found.steps += execute(delete(steps).where(steps.c.turn_id.in_(its))).rowcount
-        for some in chunks(seen):
-            unseen = tool_results.c.hash.in_(some), ~exists().where(steps.c.result_hash == tool_results.c.hash)
-            found.tool_results += execute(delete(tool_results).where(*unseen)).rowcount
-        execute(delete(task_origins).where(task_origins.c.turn_id.in_(its)))
-        self._erase_tasks(asked)
-        found.turns += execute(delete(turns).where(turns.c.conversation_id.in_(ids))).rowcount
-        execute(delete(conversations).where(conversations.c.id.in_(ids)))
+        self._connection.execute(delete(search_texts).where(search_texts.c.conversation_id.in_(ids)))
+        self._erase_turns(its, asked)
+        self._connection.execute(delete(conversations).where(conversations.c.id.in_(ids)))
+
+    def erase_turn(self, turn: Row[Any], owner: str) -> None:
+        """One turn. Its conversation stays, without its title if that was made of this turn's question."""
+        if turn.status == "running":
+            raise Busy(f"Turn {turn.id} is being answered; erase it when that has ended.")
+        its, mine = select(turns.c.id).where(turns.c.id == turn.id), task_origins.c.turn_id == turn.id
+        asked = self._connection.execute(select(task_origins.c.task_id).where(mine).distinct()).scalars().all()
+        for task_id, run in self._held(asked).items():
+            if self._is_alone(task_id, mine):
+                raise Busy(_held(run, task_id))
+        same = select(turns.c.id).where(turns.c.conversation_id == turn.conversation_id).order_by(turns.c.id)
+        if self._connection.execute(same.limit(1)).scalar() == turn.id:
+            named = conversations.c.id == turn.conversation_id
+            self._connection.execute(update(conversations).where(named).values(title=""))
+            put_title_text(self._connection, turn.conversation_id, "")
+        self._note_turns(turns.c.id == turn.id)
+        self._connection.execute(delete(search_texts).where(search_texts.c.turn_id == turn.id))
+        self._erase_turns(its, {task_id: {(None, owner_hash(owner))} for task_id in asked})
 
     def erase_tasks_of(self, owner: str) -> None:
         """Those that an owner asked for without a conversation."""
@@ -209,6 +230,20 @@ class Work:
         until = self._connection.execute(select(func.max(tasks.c.lease_until)).where(tasks.c.run_id == run.id)).scalar()
         return until is not None and until > self._now  # a run of another machine counts as long as its leases do
 
+    def _erase_turns(self, its: Select[Any], asked: Askers) -> None:
+        """The turns whose ids `its` selects, with what hangs on them; `asked`: the tasks that they asked for."""
+        execute, found = self._connection.execute, self.erased
+        used = select(steps.c.result_hash).where(steps.c.turn_id.in_(its), steps.c.result_hash.is_not(None))
+        seen = list(execute(used).scalars().unique())
+        found.outcomes += execute(delete(outcomes).where(outcomes.c.turn_id.in_(its))).rowcount
+        found.steps += execute(delete(steps).where(steps.c.turn_id.in_(its))).rowcount
+        for some in chunks(seen):
+            unseen = tool_results.c.hash.in_(some), ~exists().where(steps.c.result_hash == tool_results.c.hash)
+            found.tool_results += execute(delete(tool_results).where(*unseen)).rowcount
+        execute(delete(task_origins).where(task_origins.c.turn_id.in_(its)))
+        self._erase_tasks(asked)
+        found.turns += execute(delete(turns).where(turns.c.id.in_(its))).rowcount
+
     def _make_tombstones(self, rows: Sequence[Any]) -> None:
         ids = [row.id for row in rows]
         count = select(turns.c.conversation_id, func.count()).where(turns.c.conversation_id.in_(ids))
@@ -227,12 +262,13 @@ class Work:
                 for row in rows
             ],
         )
-        self._connection.execute(
-            insert(erased_turns).from_select(
-                ["turn_id", "conversation_id", "version"],
-                select(turns.c.id, turns.c.conversation_id, turns.c.version).where(turns.c.conversation_id.in_(ids)),
-            )
-        )
+        self._note_turns(turns.c.conversation_id.in_(ids))
+
+    def _note_turns(self, which: ColumnElement[bool]) -> None:
+        at = literal(self._now, UtcTime)
+        rows = select(turns.c.id, turns.c.conversation_id, turns.c.version, at).where(which)
+        columns = ["turn_id", "conversation_id", "version", "erased_at"]
+        self._connection.execute(insert(erased_turns).from_select(columns, rows))
 
     def _erase_tasks(self, asked: Askers) -> None:
         """Tasks that nobody asks for any more; their origins are gone already."""

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, delete, select, update
 from feedback_store.database import Database
 from feedback_store.erasing import Erased, Reason, Work, owner_hash
 from feedback_store.errors import InvalidRecord, NotFound
-from feedback_store.schema import consents, conversations, erased_uses, tombstones
+from feedback_store.schema import consents, conversations, erased_uses, tombstones, turns
 from feedback_store.taints import tainted_versions
 from feedback_store.withdrawal import chunks
 
@@ -48,6 +48,17 @@ class Erasure(Database):
             done = work.erased
             if not (rows or done.already or done.tasks_deleted or done.tasks_emptied):
                 raise NotFound(*("owner", owner) if owner is not None else ("conversation", str(conversation)))
+        return work.erased
+
+    def erase_turn(self, turn_id: str) -> Erased:
+        """Forgets one turn, as `erase` does a conversation, which stays. Later turns keep what they were asked with,
+        which may tell what was said here. Raises NotFound and Busy."""
+        with self._erasing("forgotten", False, skip_busy=False) as (connection, work):
+            row = connection.execute(select(turns).where(turns.c.id == turn_id)).first()
+            if row is None:
+                raise NotFound("turn", turn_id)
+            whose = select(conversations.c.owner).where(conversations.c.id == row.conversation_id)
+            work.erase_turn(row, connection.execute(whose).scalar_one())
         return work.erased
 
     def expire(self, before: datetime, dry_run: bool = False) -> Erased:

@@ -113,9 +113,7 @@ class _Tracer:
         return top
 
     def _erased_turn(self, row: Row[Any]) -> Trace:
-        its = select(tombstones).where(tombstones.c.conversation_id == row.conversation_id)
-        gone = _gone(self._connection.execute(its).one())
-        top = Trace("turn", row.turn_id, f"of {gone.id}, {gone.note}")
+        top = Trace("turn", row.turn_id, f"of {row.conversation_id}, erased {row.erased_at:%Y-%m-%d %H:%M}")
         self._fill(top, "came_from", [row.version], self._version_up)
         return top
 

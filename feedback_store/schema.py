@@ -82,6 +82,7 @@ turns = Table(
     Column("conversation_id", String(40), ForeignKey("conversations.id"), nullable=False),
     Column("request_id", CleanText, nullable=False),
     Column("messages", JSON, nullable=False),
+    Column("asked", JSON(none_as_null=True)),  # beside the messages; null: nothing that must be known again
     Column("prompt_ids", LargeBinary, nullable=False),
     Column("version", CleanText, nullable=False),
     Column("status", String(16), nullable=False),
@@ -320,8 +321,9 @@ erased_turns = Table(
     "erased_turns",
     metadata,
     Column("turn_id", String(40), primary_key=True),
-    Column("conversation_id", String(40), ForeignKey("tombstones.conversation_id"), nullable=False),
+    Column("conversation_id", String(40), nullable=False),  # which may still be there, without this turn
     Column("version", CleanText, nullable=False),
+    Column("erased_at", UtcTime, nullable=False),
     Index(None, "conversation_id"),
 )
 

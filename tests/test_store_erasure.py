@@ -220,6 +220,25 @@ def test_an_answer_under_way_is_waited_for(store: Store) -> None:
     assert store.conversation(conversation).turns == 1
 
 
+def test_one_turn_is_erased_and_its_conversation_stays(store: Store, tmp_path: Path) -> None:
+    conversation = talk(store, "ada", MINE)
+    (turn,) = store.turns(conversation)
+    learn(store, "v2", "v1")
+    later = store.begin_turn(conversation, OURS, "v1", [1])
+    store.finish_turn(later, "4", "done")
+    done = store.erase_turn(turn.id)
+    assert (done.turns, done.steps, done.tasks_emptied, done.tainted) == (1, 1, 1, ["v2"])
+    assert not sweep(store, tmp_path, vacuum=False).unfinished
+    assert [t.id for t in store.turns(conversation)] == [later]
+    assert store.conversation(conversation).title == "", "it was made of the question"
+    assert SECRET.encode() not in raw(tmp_path)
+    assert "erased" in store.trace(turn.id).note
+    with pytest.raises(NotFound):
+        store.erase_turn(turn.id)
+    store.erase(owner="ada")
+    assert store.conversations() == []
+
+
 def test_a_crash_between_the_record_and_the_files_is_made_good(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,6 @@ from app.erasure import sweep
 from app.service import Service
 from app.settings import Settings
 from feedback_store import Conversation, InvalidRecord, Turn
-from tools.workspace import Workspaces
 
 Limit = Annotated[int, Query(ge=1, le=100)]
 Search = Annotated[str | None, Query(description="words, all of which a turn or the title must have")]
@@ -46,7 +45,7 @@ def router(service: Service, settings: Settings) -> APIRouter:
         def erase() -> dict[str, Any]:
             service.own_conversation(conversation_id, request.state.owner)
             gone = store.erase(conversation=conversation_id)
-            swept = sweep(store, settings.home, service.workspaces or Workspaces(settings.home / "files"), vacuum=False)
+            swept = sweep(store, settings.home, service.workspaces, vacuum=False)
             return {
                 "id": conversation_id,
                 "object": "conversation.deleted",

@@ -170,12 +170,11 @@ def _whose(store: Store, what: str) -> tuple[bool, str]:
 
 def _finish(store: Store, erased: Erased, dry_run: bool, as_json: bool) -> None:
     from app.erasure import Swept, backups, sweep
-    from tools.workspace import Workspaces
 
     settings = console.settings()
     swept: Swept = Swept(0, 0)
     if not dry_run:
-        swept = sweep(store, settings.home, Workspaces(settings.home / "files"), vacuum=True)
+        swept = sweep(store, settings.home, vacuum=True)
     copies = backups(settings.store_path)
     if as_json:
         console.print_json({"erased": erased, "swept": None if dry_run else swept, "backups_not_covered": copies})

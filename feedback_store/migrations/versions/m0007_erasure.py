@@ -11,7 +11,7 @@ from feedback_store.errors import StoreError
 from feedback_store.search import turn_text
 
 revision = "0007"
-down_revision = "0005"
+down_revision = "0006"
 
 _BATCH = 500
 
@@ -99,11 +99,7 @@ def _make_tombstones() -> None:
         sa.Column("turn_id", sa.String(length=40), nullable=False),
         sa.Column("conversation_id", sa.String(length=40), nullable=False),
         sa.Column("version", sa.Text(), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["conversation_id"],
-            ["tombstones.conversation_id"],
-            name=op.f("fk_erased_turns_conversation_id_tombstones"),
-        ),
+        sa.Column("erased_at", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("turn_id", name=op.f("pk_erased_turns")),
     )
     op.create_index(op.f("ix_erased_turns_conversation_id"), "erased_turns", ["conversation_id"])
