@@ -41,6 +41,13 @@ class Settings(BaseSettings):
     home: Path = Field(Path("~/.whetstone"), description="model, store, versions and runs")
     model_name: str = Field("whetstone", min_length=1, description="the model name that means the version in service")
 
+    store_url: SecretStr | None = Field(
+        None, description="postgresql://USER:PASSWORD@HOST:PORT/NAME of the record; None: a SQLite file in home"
+    )
+    store_connections: int = Field(
+        16, ge=2, description="of one process to that server at most; a run holds one of them throughout"
+    )
+
     host: str = "127.0.0.1"
     api_port: int = Field(8000, ge=1, le=65535)
     web_port: int = Field(7860, ge=1, le=65535)
@@ -271,6 +278,11 @@ class Settings(BaseSettings):
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, files)
 
 
+def _is_secret(name: int | str) -> bool:
+    field = Settings.model_fields.get(str(name))
+    return field is not None and "SecretStr" in str(field.annotation)
+
+
 def load(**overrides: Any) -> Settings:
     """Settings from the files and the environment; raises `SettingsError` with one line a mistake."""
     try:
@@ -283,7 +295,7 @@ def load(**overrides: Any) -> Settings:
             if item["type"] == "extra_forbidden":
                 near = difflib.get_close_matches(name, Settings.model_fields, n=1)
                 message = f"there is no such setting{f', did you mean {near[0]}?' if near else ''}"
-            got = f" (got {item['input']!r})" if name and not name.startswith("api_keys") else ""  # a secret stays one
+            got = f" (got {item['input']!r})" if name and not _is_secret(item["loc"][0]) else ""
             lines.append(f"{name}: {message}{got}" if name else message)
         raise SettingsError("\n".join(lines)) from None
     except ValueError as error:  # a file that isn't TOML

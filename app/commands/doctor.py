@@ -102,16 +102,17 @@ def check_model(settings: Settings) -> Finding:
 
 
 def check_store(settings: Settings) -> Finding:
-    from feedback_store import Store, StoreError
+    from app.record import open_store
+    from feedback_store import StoreError
 
-    if not settings.store_path.exists():
+    if settings.store_url is None and not settings.store_path.exists():
         return Finding("store", "ok", f"none yet; `whetstone up` makes {settings.store_path}")
     try:
-        with Store.open(settings.store_path, max_pending=settings.queue_max) as store:
-            pending, current = store.queue_stats()["pending"], store.current_version()
+        with open_store(settings) as store:
+            pending, current, where = store.queue_stats()["pending"], store.current_version(), store.where
     except StoreError as error:
-        return Finding("store", "failed", str(error), "See the message; the file itself is left as it is.")
-    return Finding("store", "ok", f"{settings.store_path}: version {current} in service, {pending} tasks waiting")
+        return Finding("store", "failed", str(error), "See the message; what is recorded is left as it is.")
+    return Finding("store", "ok", f"{where}: version {current} in service, {pending} tasks waiting")
 
 
 def check_ports(settings: Settings) -> Finding:
