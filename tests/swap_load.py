@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import socket
+import traceback
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -129,7 +130,7 @@ async def _converse(client: httpx.AsyncClient, number: int, go_on: Callable[[], 
             try:
                 answer = await _ask(client, f"{number}.{conversation}.{turn}", going_on)
             except Exception as error:
-                seen.failures.append(repr(error))
+                seen.failures.append("".join(traceback.format_exception(error)))
                 return
             seen.answers.append(answer)
             going_on = answer.conversation
