@@ -2,6 +2,7 @@
 # make test   the same set-up, then the tests        make lint, make types   the other checks
 # make learn  the proof that it learns, about an hour; results in benchmarks/results
 # make bench-sandbox  what a call of the Python tool costs, ten minutes
+# make bench-overhead  what the endpoint costs beside its engine alone, about ten minutes
 # make test-swap, make bench-swap  swaps of versions under load: the two-minute test, and what they cost
 # make test-sglang    the SGLang engine against SGLang itself, on the CPU; some minutes, 3 GB in .venv-sglang
 # make setup  only the set-up                        make clean              forget it
@@ -16,7 +17,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help run test test-sglang learn bench-sandbox test-swap bench-swap lint types setup bubblewrap chromium clean
+.PHONY: help run test test-sglang learn bench-sandbox bench-overhead test-swap bench-swap lint types setup bubblewrap chromium clean
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -54,6 +55,9 @@ learn: setup
 bench-sandbox: setup
 	@$(PIP) -e '.[bench]' | $(SHORTLY)
 	@$(BIN)/python -m benchmarks.sandbox
+
+bench-overhead: setup
+	@$(BIN)/python -m benchmarks.overhead
 
 test-swap: setup
 	@WHETSTONE_SWAP_SECONDS=120 $(BIN)/python -m pytest -s tests/test_swap.py

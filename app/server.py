@@ -45,7 +45,7 @@ async def serve(
     """
     with contextlib.ExitStack() as stack:
         sockets = {port: stack.enter_context(bind(settings.host, port)) for port in apps}
-        servers = [_Server(_config(app, settings)) for app in apps.values()]
+        servers = [_Server(uvicorn_config(app, settings)) for app in apps.values()]
         loop = asyncio.get_running_loop()
 
         def stop() -> None:
@@ -90,7 +90,7 @@ def bind(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
+def uvicorn_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         log_config=None,

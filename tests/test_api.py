@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from langchain_core.tools import tool
+from openai.types.chat import ChatCompletionChunk
 
 from app.api.app import create_app
 from app.service import Service
@@ -86,6 +87,8 @@ async def test_a_stream_has_text_thinking_tools_usage_and_an_end(world: World) -
     response = await world.chat(SUM, stream=True, stream_options={"include_usage": True})
     *chunks, end = events_of(response.text)
     assert end == "[DONE]"
+    for chunk in chunks:
+        ChatCompletionChunk.model_validate(chunk, strict=True)
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks if chunk["choices"]]
     assert deltas[0]["role"] == "assistant"
     assert "".join(delta.get("content", "") for delta in deltas) == "The result is 42."
@@ -356,6 +359,6 @@ async def test_without_keys_only_this_machine_is_served(world: World) -> None:
 def test_no_line_break_of_any_kind_stands_in_an_event() -> None:
     from app.api.chat import _data
 
-    told = _data(json.dumps({"text": "a\x85b\u2028c\u2029d"}, ensure_ascii=False))
+    told = _data({"text": "a\x85b\u2028c\u2029d"})
     assert len(told.splitlines()) == 2
     assert json.loads(told.splitlines()[0].removeprefix("data: ")) == {"text": "a\x85b\u2028c\u2029d"}

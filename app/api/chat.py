@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -10,6 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic_core import to_json
 from starlette.types import Send
 
 from app.api import choices, wire
@@ -131,23 +131,23 @@ async def _events(
     async with aclosing(events):
         try:
             for chunks in answers:
-                yield _data(chunks.first().model_dump_json(exclude_unset=True))
+                yield _data(chunks.first())
             step: tuple[int, ServiceEvent] | None = first
             while step is not None:
                 index, event = step
                 if isinstance(event, Finished):
                     finished.append(event)
                     for chunk in answers[index].last(event):
-                        yield _data(chunk.model_dump_json(exclude_unset=True))
+                        yield _data(chunk)
                 elif not isinstance(event, Started) and (more := answers[index].event(event)) is not None:
-                    yield _data(more.model_dump_json(exclude_unset=True))
+                    yield _data(more)
                 step = await anext(events, None)
             if include_usage:
-                yield _data(answers[0].usage(finished).model_dump_json(exclude_unset=True))
+                yield _data(answers[0].usage(finished))
         except Exception as error:
-            yield _data(json.dumps(as_api_error(error).body))
+            yield _data(as_api_error(error).body)
             return
-        yield _data("[DONE]")
+        yield "data: [DONE]\n\n"
 
 
 async def _models(service: Service, settings: Settings) -> list[dict[str, Any]]:
@@ -172,6 +172,6 @@ def _headers(started: Started) -> dict[str, str]:
     return {"X-Whetstone-Version": started.version, "X-Whetstone-Turn": started.turn_id}
 
 
-def _data(payload: str) -> str:
+def _data(payload: dict[str, Any]) -> str:
     """An event. What many clients take for the end of a line, and JSON may hold as it is, is escaped."""
-    return f"data: {payload.translate(_LINE_BREAKS)}\n\n"
+    return f"data: {to_json(payload).decode().translate(_LINE_BREAKS)}\n\n"
