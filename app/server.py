@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 import uvicorn
 from starlette.types import ASGIApp
 
+from app.connections import KEEP_ALIVE_SECONDS, PatientH11, raise_open_files
 from app.settings import Settings
 
 
@@ -43,6 +44,7 @@ async def serve(
 
     A second signal stops waiting for them. Raises PortTaken before anything is served.
     """
+    raise_open_files()
     with contextlib.ExitStack() as stack:
         sockets = {port: stack.enter_context(bind(settings.host, port)) for port in apps}
         servers = [_Server(uvicorn_config(app, settings)) for app in apps.values()]
@@ -96,5 +98,7 @@ def uvicorn_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         log_config=None,
         log_level="warning",
         access_log=False,
+        http=PatientH11,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(settings.shutdown_seconds) or 1,
     )
