@@ -2,7 +2,7 @@
 # make test   the same set-up, then the tests        make lint, make types   the other checks
 # make learn  the proof that it learns, about an hour; results in benchmarks/results
 # make bench-sandbox  what a call of the Python tool costs, ten minutes
-# make bench-overhead  what the endpoint costs beside its engine alone, about ten minutes
+# make bench-overhead  what the endpoint costs beside its engine alone, about twelve minutes
 # make test-swap, make bench-swap  swaps of versions under load: the two-minute test, and what they cost
 # make test-sglang    the SGLang engine against SGLang itself, on the CPU; some minutes, 3 GB in .venv-sglang
 # make setup  only the set-up                        make clean              forget it

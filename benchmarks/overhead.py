@@ -1,4 +1,4 @@
-"""What the endpoint costs beside its engine alone: `make bench-overhead`, about ten minutes on two cores.
+"""What the endpoint costs beside its engine alone: `make bench-overhead`, about twelve minutes on two cores.
 
 The embedded engine with SmolLM2 answers the same prompts (the same token ids, sampling, seeds and stops, no tools)
 twice in each round: asked directly, in this process, and through the endpoint, streamed over HTTP from a process of its

@@ -23,6 +23,7 @@ from serving.engines.gguf_export import UnsupportedModel, write_adapter
 from serving.engines.users import Users
 from serving.model import BaseModel
 
+_TRIES = 3  # to begin a generation
 _TOP_P_AMONG = 1024  # top_p sorts its candidates: the whole vocabulary takes longer than the model itself
 # Of JSON under a grammar: else a small policy may write blanks for ever.
 _SPACING = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
@@ -135,7 +136,8 @@ class LlamaCppEngine:
         if request.json_schema is not None:
             body["json_schema"] = {**request.json_schema, "x-guidance": _SPACING}
         try:
-            async with served.client.stream("POST", "/completion", json=body) as response:
+            async with contextlib.AsyncExitStack() as stack:
+                response = await _asked(served, body, stack)
                 if response.status_code != 200:
                     raise _refused(request, response.status_code, (await response.aread()).decode(errors="replace"))
                 async for event in _events(response):
@@ -185,6 +187,18 @@ class LlamaCppEngine:
             limits=httpx.Limits(max_keepalive_connections=0),
         )
         return _Served(server, client, {slot: [] for slot in range(self.slots)}, asyncio.Semaphore(self.slots))
+
+
+async def _asked(served: _Served, body: dict[str, Any], stack: contextlib.AsyncExitStack) -> httpx.Response:
+    """The server lets go of a connection on which nothing comes for five seconds. On a machine so busy that a request
+    takes longer to be sent it is made again: nothing was drawn yet."""
+    for left in reversed(range(_TRIES)):
+        try:
+            return await stack.enter_async_context(served.client.stream("POST", "/completion", json=body))
+        except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError):
+            if not left:
+                raise
+    raise AssertionError("the last try returns or raises")
 
 
 def adapter_gguf(path: Path, base: BaseModel) -> Path:
