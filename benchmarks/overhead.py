@@ -268,7 +268,12 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, nargs="+", choices=list(ANSWERS), default=list(ANSWERS))
     parser.add_argument("--minutes", type=float, default=25.0, help="after which no round begins, but the second")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--trial", action="store_true", help="a twelfth of the answers: to see that it runs")
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error("an interval takes two rounds at least")
+    if args.trial:
+        ANSWERS.update({number: max(2, answers // 12) for number, answers in ANSWERS.items()})
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     base = prepare_base(Path.home() / ".whetstone", print)
 
