@@ -2,6 +2,7 @@
 # make test   the same set-up, then the tests        make lint, make types   the other checks
 # make learn  the proof that it learns, about an hour; results in benchmarks/results
 # make bench-sandbox  what a call of the Python tool costs, ten minutes
+# make bench-overhead  what the endpoint costs beside its engine alone, about twelve minutes
 # make test-swap, make bench-swap  swaps of versions under load: the two-minute test, and what they cost
 # make bench-store  what the record costs, on SQLite and PostgreSQL, about ten minutes
 # make test-litellm   the endpoint by litellm, in an environment of its own; a minute, 400 MB in .venv-litellm
@@ -18,7 +19,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help run test test-litellm test-sglang learn bench-sandbox bench-store test-swap bench-swap lint types setup bubblewrap chromium postgresql clean
+.PHONY: help run test test-litellm test-sglang learn bench-sandbox bench-overhead bench-store test-swap bench-swap lint types setup bubblewrap chromium postgresql clean
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -69,6 +70,9 @@ bench-sandbox: setup
 
 bench-store: setup postgresql
 	@$(BIN)/python -m benchmarks.store
+
+bench-overhead: setup
+	@$(BIN)/python -m benchmarks.overhead
 
 test-swap: setup
 	@WHETSTONE_SWAP_SECONDS=120 $(BIN)/python -m pytest -s tests/test_swap.py

@@ -14,6 +14,7 @@ from app.record import open_store
 from app.service import Service
 from app.settings import Settings
 from app.tools import open_toolbox, tool_seconds
+from app.tracing import open_tracing
 from feedback_store import StoreError
 from serving.agent import Agent, Limits
 from serving.dialects import make_dialect
@@ -47,6 +48,8 @@ async def running_service(settings: Settings, progress: Progress = lambda _: Non
 
 
 async def _start(settings: Settings, progress: Progress, stack: AsyncExitStack) -> Service:
+    tracing = open_tracing(settings)
+    stack.push_async_callback(asyncio.to_thread, tracing.close)
     progress("Opening the store")
     store = await asyncio.to_thread(open_store, settings)
     stack.push_async_callback(asyncio.to_thread, store.close)
@@ -84,7 +87,7 @@ async def _start(settings: Settings, progress: Progress, stack: AsyncExitStack) 
     )
     own = make_dialect(settings.dialect, deepcopy(base.tokenizer))
     toolbox.admit_if(partial(_check_room, own, engine.context_length))
-    return Service(store, router, agent, engine, settings.max_answers, workspaces, settings.key_tools)
+    return Service(store, router, agent, engine, settings.max_answers, workspaces, settings.key_tools, tracing)
 
 
 def _check_room(dialect: Dialect, context: int, tools: Sequence[ToolSchema]) -> None:

@@ -72,6 +72,10 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "warning", description="what is logged from; info has a line for each request to the endpoint"
     )
+    otlp_endpoint: str | None = Field(
+        None, description="of an OpenTelemetry collector that takes traces over HTTP: http://HOST:4318; None: no traces"
+    )
+    otlp_content: bool = Field(False, description="let traces hold messages, arguments of tools and their results too")
     shutdown_seconds: float = Field(20.0, ge=0, description="how long answers in flight may take to end on shutdown")
 
     engine: Literal["embedded", "sglang"] = Field("embedded", description="what runs the model that answers")
@@ -213,6 +217,8 @@ class Settings(BaseSettings):
             raise ValueError("engine_router_url needs engine_urls too: versions are loaded on each worker, not by it.")
         if wrong := [url for url in self.engine_urls if not url.startswith(("http://", "https://"))]:
             raise ValueError(f"engine_urls holds {wrong[0]!r}, which isn't an http:// or https:// address.")
+        if self.otlp_endpoint and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise ValueError(f"otlp_endpoint is {self.otlp_endpoint!r}, which isn't an http:// or https:// address.")
         if self.api_port == self.web_port:
             raise ValueError(f"api_port and web_port are both {self.api_port}: give them different numbers.")
         keys = {key.get_secret_value(): owner_of(key.get_secret_value().encode()) for key in self.api_keys}

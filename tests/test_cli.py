@@ -104,7 +104,17 @@ def test_doctor_names_every_part_and_the_way_out() -> None:
         port = taken.getsockname()[1]
         result = run.invoke(app, ["doctor", "--json"], env={"WHETSTONE_API_PORT": str(port)})
     findings = {finding["name"]: finding for finding in json.loads(result.output)}
-    assert {"Python", "torch", "sandbox", "search index", "model", "store", "ports", "web search"} <= set(findings)
+    assert {
+        "Python",
+        "torch",
+        "sandbox",
+        "search index",
+        "model",
+        "store",
+        "ports",
+        "connections",
+        "web search",
+    } <= set(findings)
     assert findings["ports"]["state"] == "warning"
     assert "WHETSTONE_API_PORT" in findings["ports"]["said"]
     assert all(finding["mend"] for finding in findings.values() if finding["state"] != "ok")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from app.settings import Settings
 
 State = Literal["ok", "warning", "failed"]
+_FEW_FILES = 4096
 _MARKS = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "failed": "[red]✗[/]"}
 
 
@@ -126,6 +127,18 @@ def check_ports(settings: Settings) -> Finding:
     return Finding("ports", "ok", f"{settings.api_port} and {settings.web_port} are free on {settings.host}")
 
 
+def check_connections(_: Settings) -> Finding:
+    """Each connection is an open file, an answer several; `whetstone up` raises its limit as far as it may."""
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard != resource.RLIM_INFINITY and hard < _FEW_FILES:
+        mend = f"Raise it to {_FEW_FILES} or more: `ulimit -Hn`, or LimitNOFILE of the systemd service."
+        return Finding("connections", "warning", f"a process may open {hard} files at most", mend)
+    shown = "any number of" if hard == resource.RLIM_INFINITY else str(hard)
+    return Finding("connections", "ok", f"a process may open {shown} files")
+
+
 def check_network(settings: Settings) -> Finding:
     if "ddgs" not in settings.search_backends:
         return Finding("web search", "ok", "off; the local index answers")
@@ -146,5 +159,6 @@ CHECKS: tuple[Callable[[Settings], Finding], ...] = (
     check_model,
     check_store,
     check_ports,
+    check_connections,
     check_network,
 )
