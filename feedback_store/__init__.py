@@ -1,16 +1,24 @@
 """The record of conversations, outcomes, tasks, versions and runs. Open it with `Store.open(path)`."""
 
+from feedback_store.dead_letter import DeadTask
 from feedback_store.errors import DamagedRecord, InvalidRecord, NotFound, QueueFull, StoreError
+from feedback_store.gold import Policy
+from feedback_store.guards import Guards
 from feedback_store.records import (
     ApiKey,
+    AuditEntry,
+    Batch,
     Canary,
+    Claim,
     Conversation,
     InService,
     Lineage,
     Message,
     ObservationLike,
     Outcome,
+    Quarantine,
     QueuedTask,
+    Review,
     Run,
     RunStage,
     RunTask,
@@ -28,9 +36,14 @@ from feedback_store.tool_results import as_stored, result_hash
 
 __all__ = [
     "ApiKey",
+    "AuditEntry",
+    "Batch",
     "Canary",
+    "Claim",
     "Conversation",
     "DamagedRecord",
+    "DeadTask",
+    "Guards",
     "InService",
     "InvalidRecord",
     "Lineage",
@@ -38,8 +51,11 @@ __all__ = [
     "NotFound",
     "ObservationLike",
     "Outcome",
+    "Policy",
+    "Quarantine",
     "QueueFull",
     "QueuedTask",
+    "Review",
     "Run",
     "RunStage",
     "RunTask",

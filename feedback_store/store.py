@@ -8,20 +8,38 @@ from typing import Any, Self
 
 from sqlalchemy import func, select
 
+from feedback_store.audit import Audit
+from feedback_store.claims import Claims
 from feedback_store.conversations import Conversations
 from feedback_store.database import Clock, connect_to, parse_location, utc_now
+from feedback_store.dead_letter import DeadLetter
 from feedback_store.deletion import Deletion
+from feedback_store.gold import Policy
 from feedback_store.keys import Keys
 from feedback_store.migrate import bring_up_to_date
 from feedback_store.outcomes import Outcomes
-from feedback_store.queue import Queue
+from feedback_store.quarantine import Quarantines
+from feedback_store.review import Reviews
 from feedback_store.runs import Runs
 from feedback_store.schema import conversations, outcomes, turns
 from feedback_store.tool_results import ToolResults
 from feedback_store.versions import Versions
 
 
-class Store(Conversations, ToolResults, Outcomes, Queue, Versions, Runs, Keys, Deletion):
+class Store(
+    Conversations,
+    ToolResults,
+    Outcomes,
+    Claims,
+    DeadLetter,
+    Reviews,
+    Quarantines,
+    Audit,
+    Versions,
+    Runs,
+    Keys,
+    Deletion,
+):
     """The record of conversations, outcomes, tasks, versions and runs, and the API keys.
 
     Every method is one transaction and blocks; async code calls it through `asyncio.to_thread`. Threads may share
@@ -36,15 +54,19 @@ class Store(Conversations, ToolResults, Outcomes, Queue, Versions, Runs, Keys, D
         max_pending: int = 100_000,
         busy_seconds: float = 30.0,
         now: Clock = utc_now,
+        policy: Policy | None = None,
     ) -> Self:
         """Opens the file (made with its folder if missing) or the database at a URL, migrated to this release.
 
         `max_pending`: how many tasks may wait in the queue. `busy_seconds`: how long to wait for another process's
-        write. `now`: the clock that stamps rows and ends leases. An older SQLite file is copied beside itself first.
+        write. `now`: the clock that stamps rows and ends leases. `policy`: how much whose gold counts. An older SQLite
+        file is copied beside itself first.
         """
         url = parse_location(path_or_url)
         bring_up_to_date(url, busy_seconds)
-        return cls(connect_to(url, busy_seconds), max_pending=max_pending, busy_seconds=busy_seconds, now=now)
+        opened = cls(connect_to(url, busy_seconds), max_pending=max_pending, busy_seconds=busy_seconds, now=now)
+        opened.policy = policy or Policy()
+        return opened
 
     def __enter__(self) -> Self:
         return self
