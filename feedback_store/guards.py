@@ -28,6 +28,10 @@ class Guards:
             return self.owner_share
         return max(self.owner_share, 1 / max(1, len(owners)))
 
+    def trim(self, owners: Sequence[str]) -> list[int]:
+        """The positions of the largest batch that can be made of tasks of these owners."""
+        return fair_share(owners, len(owners), self.share_of(set(owners)), self.trusted_owners)
+
 
 def fair_share(
     owners: Sequence[str], n: int, share: float, trusted: Collection[str] = (), held: Sequence[str] = ()
