@@ -64,7 +64,8 @@ class Question:
 
     `version`: a published version's id, which this answer alone is written with, or None for the one that the
     conversation stays on or, new, begins with. `verifier` and `gold` come together: the answer is
-    then judged as soon as it is there; from `gold_expires_at` on the gold trains nothing. `conversation_id`: the conversation that the turn belongs to, or a new one.
+    then judged as soon as it is there; from `gold_expires_at` on the gold trains nothing. `conversation_id`: the
+    conversation that the turn belongs to, or a new one.
     """
 
     owner: str

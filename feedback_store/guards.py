@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 OVER_SHARE = "over their owner's share of the batch"
 NEAR_DUPLICATE = "nearly the same as another of the batch"
-HELD_OUT = "overlap with the evaluation"
+HELD_OUT = "overlapping the evaluation"
 
 
 @dataclass(frozen=True)

@@ -145,8 +145,8 @@ class JsonSchemaFormat(BaseModel):
 
 
 class Metadata(BaseModel):
-    """`verifier` and `gold` judge the answer at once, and train nothing from `gold_expires_at` on; `conversation_id` adds the turn to that conversation;
-    `server_tools` "none" leaves the policy with the client's tools only.
+    """`verifier` and `gold` judge the answer at once, and train nothing from `gold_expires_at` on; `conversation_id`
+    adds the turn to that conversation; `server_tools` "none" leaves the policy with the client's tools only.
 
     Other keys are the client's own and are let be, as with OpenAI.
     """
