@@ -178,7 +178,7 @@ class Settings(BaseSettings):
     trusted_owners: Annotated[list[str], NoDecode] = Field(
         default_factory=list, description="whose golds win against all others, and fill any share of a batch"
     )
-    gold_margin: float = Field(0.75, gt=0.5, le=1, description="of all trust that a gold needs, else a person decides")
+    gold_margin: float = Field(0.7, gt=0.5, le=1, description="of all trust that a gold needs, else a person decides")
     quarantine_rate: float = Field(
         0.3, ge=0, le=1, description="of an owner's golds that may contradict known ones (from the third on); 1: all"
     )

@@ -38,7 +38,7 @@ class Policy:
     by_source: Mapping[str, float] = field(default_factory=lambda: SOURCE_TRUST)
     by_owner: Mapping[str, float] = field(default_factory=dict)
     trusted_owners: Collection[str] = frozenset()
-    margin: float = 0.75
+    margin: float = 0.7
     consensus: float = 2.0
     quarantine_after: int = 3
     quarantine_rate: float = 0.3

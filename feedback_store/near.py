@@ -21,7 +21,7 @@ RUN = 13  # words in a row, shared with an evaluation item, that are no accident
 SHORTEST = 4  # words of an item that count where another prompt holds the whole item
 _HASHES, _BANDS = 128, 32  # bands of 4: what is four fifths alike is missed once in ten million
 _TOKEN = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+|[-+*/^=<>%×÷√()|]")  # noqa: RUF001 - people write the sign
-_PERMUTATIONS = MinHash(num_perm=_HASHES, seed=1).permutations
+_EMPTY = MinHash(num_perm=_HASHES, seed=1)
 
 
 def tokens(text: str) -> list[str]:
@@ -92,7 +92,7 @@ def _features(text: str) -> tuple[set[str], list[str]]:
 
 
 def _sketch(pairs: set[str]) -> MinHash:
-    sketch = MinHash(num_perm=_HASHES, seed=1, permutations=_PERMUTATIONS)
+    sketch = _EMPTY.copy()
     sketch.update_batch([pair.encode() for pair in pairs])
     return sketch
 

@@ -22,7 +22,7 @@ from feedback_store.database import parse_location
 from feedback_store.migrate import bring_up_to_date
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are told apart by /proc")
-PROCESSES = 10
+PROCESSES = 16
 
 
 def at_once(work: Callable[..., Any], *arguments: Any) -> list[Any]:
