@@ -1,4 +1,4 @@
-"""A process that is killed in the middle of a write leaves the store as it was, and the same write can be done again."""
+"""A process that is killed in the middle of a write leaves the store as it was; the write can then be done again."""
 
 from __future__ import annotations
 

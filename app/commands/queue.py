@@ -117,7 +117,7 @@ def add(owner: AnOwner, reason: Reason = "by hand") -> None:
     with console.opened_store() as store:
         store.quarantine(owner, getpass.getuser(), reason)
         waiting = store.queue_stats()["review"]
-    console.out.print(f"[bold]{owner}[/] is in quarantine. {waiting} tasks wait for review.")
+    console.out.print(f"[bold]{owner}[/] is in quarantine. Tasks that wait for review: {waiting}.")
 
 
 @quarantine.command("lift")
