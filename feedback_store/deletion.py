@@ -6,9 +6,20 @@ from dataclasses import dataclass
 
 from sqlalchemy import delete, select, update
 
-from feedback_store.database import Database
 from feedback_store.errors import InvalidRecord, NotFound
-from feedback_store.schema import conversations, outcomes, run_tasks, steps, task_origins, tasks, tool_results, turns
+from feedback_store.gold import Judging
+from feedback_store.schema import (
+    conversations,
+    outcomes,
+    questions,
+    run_tasks,
+    steps,
+    task_origins,
+    tasks,
+    tool_results,
+    turns,
+)  # fmt: skip
+from feedback_store.settling import decide
 
 
 @dataclass(frozen=True)
@@ -20,7 +31,7 @@ class Deleted:
     tasks_kept: int
 
 
-class Deletion(Database):
+class Deletion(Judging):
     def delete_conversation(self, conversation_id: str) -> Deleted:
         """Its turns, steps, verdicts, the tool results that nothing else refers to, and tasks of no other origin that
         no run has ever claimed. Raises InvalidRecord while an answer is under way."""
@@ -37,6 +48,11 @@ class Deletion(Database):
                 )
             asked_for = set(
                 connection.execute(select(task_origins.c.task_id).where(task_origins.c.turn_id.in_(its))).scalars()
+            )
+            hashes = list(
+                connection.execute(
+                    select(tasks.c.question_hash).where(tasks.c.id.in_(list(asked_for))).distinct()
+                ).scalars()
             )
             results = set(
                 connection.execute(
@@ -64,6 +80,10 @@ class Deletion(Database):
                 if connection.execute(select(task_origins.c.id).where(its_origins)).first() is None:
                     connection.execute(delete(tasks).where(tasks.c.id == task_id))
                     gone += 1
+            # What is left of the votes decides; of a question that nobody asks any more, not even its gold stays.
+            decide(connection, hashes, self.policy, self._now())
+            asked = select(tasks.c.id).where(tasks.c.question_hash == questions.c.hash).exists()
+            connection.execute(delete(questions).where(questions.c.hash.in_(hashes), ~asked))
             count = connection.execute(delete(turns).where(turns.c.conversation_id == conversation_id)).rowcount
             connection.execute(delete(conversations).where(conversations.c.id == conversation_id))
         return Deleted(count, gone, len(asked_for) - gone)
