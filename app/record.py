@@ -10,7 +10,9 @@ from feedback_store.gold import SOURCE_TRUST
 def open_store(settings: Settings) -> Store:
     """The record, migrated to this release; made if there is none. Raises StoreError."""
     settings.home.mkdir(parents=True, exist_ok=True)
-    return Store.open(settings.store_path, max_pending=settings.queue_max, policy=policy(settings))
+    store = Store.open(settings.store_path, max_pending=settings.queue_max, policy=policy(settings))
+    store.training_by_default = settings.training_consent == "training"
+    return store
 
 
 def policy(settings: Settings) -> Policy:

@@ -1,6 +1,8 @@
 """The record of conversations, outcomes, tasks, versions and runs. Open it with `Store.open(path)`."""
 
+from feedback_store.consent import Consent, Withdrawn
 from feedback_store.dead_letter import DeadTask
+from feedback_store.erasing import Busy, Erased
 from feedback_store.errors import DamagedRecord, InvalidRecord, NotFound, QueueFull, StoreError
 from feedback_store.gold import Policy
 from feedback_store.guards import Guards
@@ -31,18 +33,24 @@ from feedback_store.records import (
     Version,
     VersionChange,
 )
+from feedback_store.search import Found
 from feedback_store.store import Store
+from feedback_store.taints import Taint
 from feedback_store.tool_results import as_stored, result_hash
 
 __all__ = [
     "ApiKey",
     "AuditEntry",
     "Batch",
+    "Busy",
     "Canary",
     "Claim",
+    "Consent",
     "Conversation",
     "DamagedRecord",
     "DeadTask",
+    "Erased",
+    "Found",
     "Guards",
     "InService",
     "InvalidRecord",
@@ -65,10 +73,12 @@ __all__ = [
     "StoreError",
     "StoredObservation",
     "StoredStep",
+    "Taint",
     "ToolResult",
     "Turn",
     "Version",
     "VersionChange",
+    "Withdrawn",
     "as_stored",
     "result_hash",
 ]

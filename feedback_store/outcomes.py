@@ -9,6 +9,7 @@ from typing import Any, get_args
 from sqlalchemy import Row, insert, select
 
 from feedback_store.admission import Gold, put_task
+from feedback_store.consent import NO_CONSENT, Consents
 from feedback_store.errors import InvalidRecord, NotFound, QueueFull
 from feedback_store.gold import Judging
 from feedback_store.ids import new_id
@@ -18,7 +19,7 @@ from feedback_store.schema import outcomes, turns
 RIGHT = 0.9  # a score above this is a right answer's, as verifiers have it
 
 
-def _outcome(row: Row[Any]) -> Outcome:
+def outcome_of(row: Row[Any]) -> Outcome:
     return Outcome(
         id=row.id,
         turn_id=row.turn_id,
@@ -37,7 +38,7 @@ def _outcome(row: Row[Any]) -> Outcome:
     )
 
 
-class Outcomes(Judging):
+class Outcomes(Judging, Consents):
     def add_outcome(
         self,
         turn_id: str,
@@ -53,11 +54,11 @@ class Outcomes(Judging):
     ) -> Outcome:
         """Records a verdict (`score` in [0, 1], or None where only the right answer is known).
 
-        `no_task` says why the prompt can't be a task, if it can't. Otherwise, with a verifier and a gold, the turn's
-        prompt becomes a task of kind `verifier`, exactly once for the same question, verifier and gold, and the gold a
-        vote of the owner's: see `gold`, and `admission.Gold.key` for `gold_key`. From `expires_at` on the gold trains
-        nothing. A task that is done is opened again by a wrong answer that began later. A full queue keeps the outcome,
-        makes no task, and says so in `note`.
+        `no_task` says why the prompt can't be a task, if it can't; that its owner doesn't consent is a reason too.
+        Otherwise, with a verifier and a gold, the turn's prompt becomes a task of kind `verifier`, exactly once for the
+        same question, verifier and gold, and the gold a vote of the owner's: see `gold`, and `admission.Gold.key` for
+        `gold_key`. From `expires_at` on the gold trains nothing. A task that is done is opened again by a wrong answer
+        that began later. A full queue keeps the outcome, makes no task, and says so in `note`.
         """
         if source not in get_args(OutcomeSource):
             raise InvalidRecord(f"The source {source!r} is none of {', '.join(get_args(OutcomeSource))}.")
@@ -70,6 +71,8 @@ class Outcomes(Judging):
             turn = connection.execute(select(turns.c.messages, turns.c.created_at).where(turns.c.id == turn_id)).first()
             if turn is None:
                 raise NotFound("turn", turn_id)
+            if not no_task and verifier and gold and not self._consents_to_task(connection, turn_id):
+                no_task = NO_CONSENT
             if no_task:
                 note = f"No task was made: {no_task}"
             elif verifier and gold:
@@ -108,7 +111,7 @@ class Outcomes(Judging):
                 "expires_at": expires_at,
             }
             connection.execute(insert(outcomes).values(row))
-            return _outcome(connection.execute(select(outcomes).where(outcomes.c.id == row["id"])).one())
+            return outcome_of(connection.execute(select(outcomes).where(outcomes.c.id == row["id"])).one())
 
     def outcomes(self, turn_id: str | None = None, limit: int = 100) -> list[Outcome]:
         """The newest first."""
@@ -116,4 +119,4 @@ class Outcomes(Judging):
         if turn_id is not None:
             query = query.where(outcomes.c.turn_id == turn_id)
         with self._read() as connection:
-            return [_outcome(row) for row in connection.execute(query)]
+            return [outcome_of(row) for row in connection.execute(query)]

@@ -66,7 +66,7 @@ def give_up_claims(
     return connection.execute(update(tasks).where(which).values(changed)).rowcount
 
 
-def _task(row: Row[Any]) -> QueuedTask:
+def task_of(row: Row[Any]) -> QueuedTask:
     return QueuedTask(
         id=row.id,
         content_hash=row.content_hash,
@@ -171,7 +171,7 @@ class Queue(Judging):
                 .where(tasks.c.run_id == run_id, tasks.c.state == "claimed")
                 .order_by(tasks.c.attempts, tasks.c.id)
             )
-            return [_task(row) for row in held if row.id in wanted]
+            return [task_of(row) for row in held if row.id in wanted]
 
     def _sweep(self, connection: Connection) -> None:
         """Writes down what time has done: leases that lapsed, golds that expired."""
@@ -242,7 +242,7 @@ class Queue(Judging):
             ).first()
         if row is None:
             raise NotFound("task", task_id)
-        return _task(row)
+        return task_of(row)
 
     def tasks(self, state: TaskState | None = None, limit: int = 100) -> list[QueuedTask]:
         """The oldest first; a task whose lease lapsed shows as pending (or dead)."""
@@ -251,7 +251,7 @@ class Queue(Judging):
         if state is not None:
             query = query.where(state_now == state)
         with self._read() as connection:
-            return [_task(row) for row in connection.execute(query)]
+            return [task_of(row) for row in connection.execute(query)]
 
     def queue_stats(self) -> dict[str, Any]:
         """How many tasks each state has: `{"pending": n, …, "by_kind": {kind: {state: n}}, "max_pending": n}`."""

@@ -13,15 +13,21 @@ from feedback_store.claims import Claims
 from feedback_store.conversations import Conversations
 from feedback_store.database import Clock, connect_to, parse_location, utc_now
 from feedback_store.dead_letter import DeadLetter
-from feedback_store.deletion import Deletion
+from feedback_store.erasure import Erasure
 from feedback_store.gold import Policy
 from feedback_store.keys import Keys
+from feedback_store.lineage import LineageTree
 from feedback_store.migrate import bring_up_to_date
 from feedback_store.outcomes import Outcomes
 from feedback_store.quarantine import Quarantines
 from feedback_store.review import Reviews
 from feedback_store.runs import Runs
 from feedback_store.schema import conversations, outcomes, turns
+from feedback_store.search import Search
+from feedback_store.selection import Reading
+from feedback_store.statistics import Statistics
+from feedback_store.sweep import Sweep
+from feedback_store.taints import Taints
 from feedback_store.tool_results import ToolResults
 from feedback_store.versions import Versions
 
@@ -38,7 +44,13 @@ class Store(
     Versions,
     Runs,
     Keys,
-    Deletion,
+    Search,
+    Erasure,
+    Sweep,
+    Taints,
+    LineageTree,
+    Statistics,
+    Reading,
 ):
     """The record of conversations, outcomes, tasks, versions and runs, and the API keys.
 

@@ -28,6 +28,7 @@ from online_rl.evaluation import Recorded, evaluate
 from online_rl.gate import Decision, GateConfig, ItemResult, decide
 from online_rl.memory import keep_freed_memory, return_freed_memory
 from online_rl.recipe import Recipe
+from online_rl.redaction import Redact, redact_task
 from online_rl.replay import Replay, keeping
 from online_rl.report import write_report
 from online_rl.result_record import EVALUATION, ROLLOUTS, ResultRecord
@@ -59,8 +60,8 @@ class RunRefused(RuntimeError):
 @dataclass(frozen=True)
 class RunOptions:
     """What a run works on. `heldout` is the evaluation's frozen set; a queued task that overlaps it isn't trained on.
-    `guards`: what else a batch may be made of.
-    `practice` makes up for a queue of fewer tasks than it has itself. `tool_seconds` is what one tool call may take."""
+    `guards`: what else a batch may be made of. `practice` makes up for a queue of fewer tasks than it has itself.
+    `tool_seconds` is what one tool call may take. `redact` takes what identifies people out of queued questions."""
 
     recipe: Recipe
     heldout: Sequence[Task]
@@ -73,6 +74,7 @@ class RunOptions:
     gate: GateConfig = field(default_factory=GateConfig)
     guards: Guards = field(default_factory=Guards)
     tool_seconds: float = Limits.tool_seconds
+    redact: Redact | None = None
 
 
 @dataclass(frozen=True)
@@ -213,17 +215,19 @@ class _Run:
             unused: set[str] = set()
             owners: list[str] = []
             self.store.release(self.id)  # what a claim held that was killed before it was written down
+            self.store.withdraw_without_consent()
             # What is set aside stays claimed until the run ends, so it can't keep later tasks from being reached.
             while True:
                 batch = self.store.claim_batch(self.id, self.options.claim - len(tasks), guards, LEASE_S, unused)
                 for queued in batch.tasks:
                     messages, meta = tuple(queued.messages), {"queue_id": queued.id}
                     task = Task(messages, queued.verifier, queued.gold, queued.kind, "queue", meta)
-                    if reason := self._unfit(task):
-                        aside.setdefault(reason, []).append(queued.id)
+                    fit = self._fit(task)
+                    if isinstance(fit, str):
+                        aside.setdefault(fit, []).append(queued.id)
                         unused.add(queued.id)
                     else:
-                        tasks.append(task)
+                        tasks.append(fit)
                         owners.append(queued.owner)
                 if not batch.tasks or len(tasks) >= self.options.claim:
                     break
@@ -246,12 +250,16 @@ class _Run:
         )
         return tasks
 
-    def _unfit(self, task: Task) -> str:
+    def _fit(self, task: Task) -> Task | str:
+        """The task as it is trained on, or why it can't be."""
+        fit = task if self.options.redact is None else redact_task(task, self.options.redact)
+        if isinstance(fit, str):
+            return fit
         try:
-            self.agent.render(task.messages)
+            self.agent.render(fit.messages)
         except PromptTooLong:
             return "too long for the training context"
-        return ""
+        return fit
 
     async def _train(self, tasks: list[Task]) -> list[Metrics]:
         done = self.folder / "trained.json"

@@ -215,12 +215,3 @@ def test_a_dead_task_is_found_and_put_back(store: Store, clock: Clock) -> None:
     assert store.audit_log()[0].action == "queue.requeue"
     with pytest.raises(NotFound):
         store.requeue(["task_x"], "root")
-
-
-def test_a_conversation_that_is_deleted_takes_its_vote_along(store: Store) -> None:
-    mine = teach(store, "ada", "1")
-    teach(store, "bob", "2")
-    assert set(states(store).values()) == {"review"}
-    store.finish_turn(mine.turn_id, "1", "done")
-    store.delete_conversation(store.turn(mine.turn_id).conversation_id)
-    assert states(store) == {"2": "pending"}

@@ -22,7 +22,7 @@ Limit = Annotated[int, typer.Option(min=1, help="How many to show.")]
 AReview = Annotated[str, typer.Argument(help="A question's id, or that of one of its tasks.")]
 AnOwner = Annotated[str, typer.Argument(help="As `whetstone keys list` names them: key-…, or local.")]
 Reason = Annotated[str, typer.Option(help="Kept in the audit.")]
-_STATES = ("pending", "claimed", "done", "dead", "review", "rejected", "expired")
+_STATES = ("pending", "claimed", "done", "dead", "withdrawn", "review", "rejected", "expired")
 
 
 @queue.callback()

@@ -9,8 +9,8 @@ from alembic import op
 
 from feedback_store.gold import SOURCE_TRUST, plain_key, question_hash
 
-revision = "0006"
-down_revision = "0005"
+revision = "0008"
+down_revision = "0007"
 
 _BATCH = 500
 _tasks = sa.table(
