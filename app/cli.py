@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from app.commands import ask, conversations, data, doctor, index, keys, learn, record, serve
+from app.commands import ask, conversations, data, doctor, index, keys, learn, queue, record, serve
 
 app = typer.Typer(
     help="A chat agent that gets better overnight from its own verified conversations.",
@@ -15,7 +15,7 @@ app = typer.Typer(
 app.command()(serve.up)
 app.command()(ask.ask)
 app.add_typer(record.versions, name="versions")
-app.command()(record.queue)
+app.add_typer(queue.queue, name="queue")
 app.command()(record.runs)
 app.add_typer(conversations.conversations, name="conversations")
 app.add_typer(data.data, name="data")

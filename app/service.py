@@ -11,6 +11,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
@@ -65,7 +66,8 @@ class Question:
 
     `version`: a published version's id, which this answer alone is written with, or None for the one that the
     conversation stays on or, new, begins with. `verifier` and `gold` come together: the answer is
-    then judged as soon as it is there. `conversation_id`: the conversation that the turn belongs to, or a new one.
+    then judged as soon as it is there; from `gold_expires_at` on the gold trains nothing. `conversation_id`: the
+    conversation that the turn belongs to, or a new one.
     """
 
     owner: str
@@ -75,6 +77,7 @@ class Question:
     version: str | None = None
     verifier: str | None = None
     gold: str | None = None
+    gold_expires_at: datetime | None = None
     terms: Terms = field(default_factory=Terms)
     server_tools: bool = True
     response: Mapping[str, Any] | None = None  # kept with the turn: see `app.api.responses`
@@ -199,8 +202,10 @@ class Service:
         verifier: str | None = None,
         gold: str | None = None,
         reason: str = "",
+        expires_at: datetime | None = None,
     ) -> Outcome:
         """A verdict on a finished turn: a score in [0, 1], or a verifier and the right answer, which then score it.
+        From `expires_at` on that answer trains nothing.
 
         Raises NotFound for a turn that doesn't exist or is another owner's, UnknownVerifier, BadGold, StoreError.
         """
@@ -210,13 +215,15 @@ class Service:
             if self.store.conversation(turn.conversation_id).owner != owner:
                 raise NotFound("turn", turn_id)
             no_task = self._no_task(turn)
-            value, why = score, reason
+            value, why, key = score, reason, None
             if verifier is not None and gold is not None:
                 verifiers.check_gold(verifier, gold)
                 calls = sum(calls_a_tool(step.action) for step in turn.steps)
                 judged = verifiers.get(verifier).score(gold, turn.answer, tool_calls=calls)
-                value, why = judged.value, reason or judged.reason
-            return self.store.add_outcome(turn_id, source, value, verifier or "", gold or "", why, owner, no_task)
+                value, why, key = judged.value, reason or judged.reason, verifiers.gold_key(verifier, gold)
+            return self.store.add_outcome(
+                turn_id, source, value, verifier or "", gold or "", why, owner, no_task, key, expires_at
+            )
 
         return await self.call(judge)
 
@@ -328,7 +335,16 @@ class Service:
             judged = verifiers.get(name).score(gold, answer, tool_calls=trajectory.tool_calls)
             no_task = self._no_task(self.store.turn(started.turn_id))
             return self.store.add_outcome(
-                started.turn_id, "verifier", judged.value, name, gold, judged.reason, question.owner, no_task
+                started.turn_id,
+                "verifier",
+                judged.value,
+                name,
+                gold,
+                judged.reason,
+                question.owner,
+                no_task,
+                verifiers.gold_key(name, gold),
+                question.gold_expires_at,
             )
 
         return await self.call(verify)

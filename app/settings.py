@@ -22,6 +22,7 @@ from pydantic_settings import (
 from app.owners import owner_of
 
 SearchBackend = Literal["ddgs", "searxng", "local"]
+Trust = Annotated[float, Field(ge=0, le=1)]
 _OWNER = re.compile(r"key-[0-9a-f]{16}")
 _ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:\d+)?|https?://\[[0-9a-f:]+\](:\d+)?")
 
@@ -193,9 +194,22 @@ class Settings(BaseSettings):
     )
     queue_max: int = Field(10_000, ge=1, description="tasks that may wait for training")
 
+    outcome_trust: dict[str, Trust] = Field(
+        default_factory=dict, description="of a gold by its source: verifier 0.9, client 0.8, person 0.5, judge 0.3"
+    )
+    owner_trust: dict[str, Trust] = Field(default_factory=dict, description="of one owner (key-…), whatever the source")
+    trusted_owners: Annotated[list[str], NoDecode] = Field(
+        default_factory=list, description="whose golds win against all others, and fill any share of a batch"
+    )
+    gold_margin: float = Field(0.7, gt=0.5, le=1, description="of all trust that a gold needs, else a person decides")
+    quarantine_rate: float = Field(
+        0.3, ge=0, le=1, description="of an owner's golds that may contradict known ones (from the third on); 1: all"
+    )
+    owner_share: float = Field(0.2, gt=0, le=1, description="of a training batch for one of several owners; 1: all")
+
     @field_validator(
         "api_keys", "cors_origins", "engine_urls", "sglang_flags", "search_backends", "python_packages", "tools",
-        "training_tools", mode="before",
+        "training_tools", "trusted_owners", mode="before",
     )  # fmt: skip
     @classmethod
     def _split(cls, value: Any) -> Any:
@@ -230,6 +244,8 @@ class Settings(BaseSettings):
                 f"key_tools names {shown}, which is no key's owner, so that it would hold nobody back. The owners of "
                 f"the API keys are {', '.join(keys.values())}, in their order: name one of these, or take it out."
             )
+        if unknown := sorted(set(self.outcome_trust) - {"verifier", "client", "person", "judge"}):
+            raise ValueError(f"outcome_trust: {unknown[0]!r} is none of the sources verifier, client, person, judge.")
         for origin in self.cors_origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise ValueError(

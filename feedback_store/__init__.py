@@ -1,18 +1,26 @@
 """The record of conversations, outcomes, tasks, versions and runs. Open it with `Store.open(path)`."""
 
 from feedback_store.consent import Consent, Withdrawn
+from feedback_store.dead_letter import DeadTask
 from feedback_store.erasing import Busy, Erased
 from feedback_store.errors import DamagedRecord, InvalidRecord, NotFound, QueueFull, RunUnderWay, StoreError
+from feedback_store.gold import Policy
+from feedback_store.guards import Guards
 from feedback_store.records import (
     ApiKey,
+    AuditEntry,
+    Batch,
     Canary,
+    Claim,
     Conversation,
     InService,
     Lineage,
     Message,
     ObservationLike,
     Outcome,
+    Quarantine,
     QueuedTask,
+    Review,
     Run,
     RunStage,
     RunTask,
@@ -32,13 +40,18 @@ from feedback_store.tool_results import as_stored, result_hash
 
 __all__ = [
     "ApiKey",
+    "AuditEntry",
+    "Batch",
     "Busy",
     "Canary",
+    "Claim",
     "Consent",
     "Conversation",
     "DamagedRecord",
+    "DeadTask",
     "Erased",
     "Found",
+    "Guards",
     "InService",
     "InvalidRecord",
     "Lineage",
@@ -46,8 +59,11 @@ __all__ = [
     "NotFound",
     "ObservationLike",
     "Outcome",
+    "Policy",
+    "Quarantine",
     "QueueFull",
     "QueuedTask",
+    "Review",
     "Run",
     "RunStage",
     "RunTask",

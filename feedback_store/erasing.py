@@ -106,12 +106,13 @@ class Work:
 
     def __init__(self, connection: Connection, now: datetime, reason: Reason, skip_busy: bool) -> None:
         self._connection = connection
-        self._now = now
+        self.now = now
         self._reason = reason
         self._skip_busy = skip_busy
         self._alive: list[str] | None = None  # runs under way, once they are asked for
         self._aside: dict[str, set[str]] = {}  # by run, the tasks that it didn't train on
         self._askers: Askers = {}  # of tasks so far
+        self.questions: set[str] = set()  # hashes of those that lost a vote
         self.erased = Erased()
 
     def erase(self, rows: Sequence[Any]) -> None:
@@ -225,11 +226,11 @@ class Work:
         return held
 
     def _is_alive(self, run: Row[Any]) -> bool:
-        alive = lives(self._connection, Process(run.host, run.pid, run.process_started), self._now)
+        alive = lives(self._connection, Process(run.host, run.pid, run.process_started), self.now)
         if alive is not None:
             return alive
         until = self._connection.execute(select(func.max(tasks.c.lease_until)).where(tasks.c.run_id == run.id)).scalar()
-        return until is not None and until > self._now  # a run of another machine counts as long as its leases do
+        return until is not None and until > self.now  # a run of another machine counts as long as its leases do
 
     def _erase_turns(self, its: Select[Any], asked: Askers) -> None:
         """The turns whose ids `its` selects, with what hangs on them; `asked`: the tasks that they asked for."""
@@ -258,7 +259,7 @@ class Work:
                     "turns": turned.get(row.id, 0),
                     "reason": self._reason,
                     "created_at": row.created_at,
-                    "erased_at": self._now,
+                    "erased_at": self.now,
                 }
                 for row in rows
             ],
@@ -266,7 +267,7 @@ class Work:
         self._note_turns(turns.c.conversation_id.in_(ids))
 
     def _note_turns(self, which: ColumnElement[bool]) -> None:
-        at = literal(self._now, UtcTime)
+        at = literal(self.now, UtcTime)
         rows = select(turns.c.id, turns.c.conversation_id, turns.c.version, at).where(which)
         columns = ["turn_id", "conversation_id", "version", "erased_at"]
         self._connection.execute(insert(erased_turns).from_select(columns, rows))
@@ -275,6 +276,8 @@ class Work:
         """Tasks that nobody asks for any more; their origins are gone already."""
         others: dict[str, str] = {}
         for some in chunks(list(asked)):
+            its = select(tasks.c.question_hash).where(tasks.c.id.in_(some), tasks.c.question_hash != "")
+            self.questions |= set(self._connection.execute(its).scalars())
             left = select(task_origins.c.task_id, task_origins.c.owner).where(task_origins.c.task_id.in_(some))
             others |= {
                 row.task_id: row.owner for row in self._connection.execute(left.order_by(task_origins.c.id.desc()))
@@ -284,7 +287,7 @@ class Work:
         alone = [task_id for task_id in asked if task_id not in others]
         self.erased.tasks_kept += len(others)
         self._note_uses({task_id: self._askers.get(task_id, set()) | asked[task_id] for task_id in alone})
-        deleted, emptied = withdraw(self._connection, alone, self._now)
+        deleted, emptied = withdraw(self._connection, alone, self.now)
         self.erased.tasks_deleted += deleted
         self.erased.tasks_emptied += emptied
 
@@ -305,7 +308,7 @@ class Work:
                     "conversation_id": conversation,
                     "owner_hash": hashed,
                     "taints": self._reason == "forgotten",
-                    "at": self._now,
+                    "at": self.now,
                 }
                 for run_id, task_ids in by_run.items()
                 for task_id in task_ids
@@ -324,10 +327,10 @@ class Work:
         """An interrupted run would go on with weights that were trained on what goes."""
         running = and_(runs.c.id == run_id, runs.c.status == "running")
         report = {"run": run_id, "status": "ended", "reasons": ["interrupted; then tasks of it were erased"]}
-        ended = update(runs).where(running).values(status="ended", report=report, finished_at=self._now)
+        ended = update(runs).where(running).values(status="ended", report=report, finished_at=self.now)
         if self._connection.execute(ended).rowcount:
             give_up_claims(
-                self._connection, tasks.c.run_id == run_id, failed=False, claim_state="released", now=self._now
+                self._connection, tasks.c.run_id == run_id, failed=False, claim_state="released", now=self.now
             )
             self.erased.runs_ended.append(run_id)
 

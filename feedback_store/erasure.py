@@ -12,10 +12,11 @@ from datetime import datetime
 
 from sqlalchemy import Connection, delete, select, update
 
-from feedback_store.database import Database
 from feedback_store.erasing import Erased, Reason, Work, owner_hash
 from feedback_store.errors import InvalidRecord, NotFound
-from feedback_store.schema import consents, conversations, erased_uses, tombstones, turns
+from feedback_store.gold import Judging
+from feedback_store.schema import audit, consents, conversations, erased_uses, quarantines, tombstones, turns
+from feedback_store.settling import decide
 from feedback_store.taints import tainted_versions
 from feedback_store.withdrawal import chunks
 
@@ -27,7 +28,7 @@ _ROWS = (
 # On PostgreSQL the lock keeps new turns out; SQLite has one writer anyway.
 
 
-class Erasure(Database):
+class Erasure(Judging):
     def erase(self, *, conversation: str | None = None, owner: str | None = None, dry_run: bool = False) -> Erased:
         """Forgets a conversation, or all of an owner's with every task that they asked for, in one transaction.
 
@@ -45,6 +46,9 @@ class Erasure(Database):
             if owner is not None:
                 work.erase_tasks_of(owner)  # what they refused stays refused
                 connection.execute(delete(consents).where(consents.c.owner == owner, consents.c.training))
+                connection.execute(delete(quarantines).where(quarantines.c.owner == owner))
+                hashed = {"subject": owner_hash(owner)}
+                connection.execute(update(audit).where(audit.c.subject == owner).values(hashed))
             done = work.erased
             if not (rows or done.already or done.tasks_deleted or done.tasks_emptied):
                 raise NotFound(*("owner", owner) if owner is not None else ("conversation", str(conversation)))
@@ -88,6 +92,7 @@ class Erasure(Database):
             tainted = set(tainted_versions(connection))
             work = Work(connection, self._now(), reason, skip_busy)
             yield connection, work
+            decide(connection, work.questions, self.policy, work.now)  # their votes are gone
             work.judge(tainted)
             if dry_run:
                 work.erased.dry_run = True

@@ -2,91 +2,49 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, get_args
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, bindparam, case, func, insert, select, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import ColumnElement, Connection, Row, and_, bindparam, case, func, insert, or_, select, update
 
-from feedback_store.codec import clean
+from feedback_store.admission import Gold, put_task
 from feedback_store.conversations import check_messages
-from feedback_store.database import Database
-from feedback_store.errors import InvalidRecord, NotFound, QueueFull
-from feedback_store.ids import new_id
+from feedback_store.errors import InvalidRecord, NotFound
+from feedback_store.gold import Judging, Policy
 from feedback_store.records import Message, QueuedTask, TaskState
-from feedback_store.schema import run_tasks, runs, task_origins, tasks, turns
+from feedback_store.schema import run_tasks, runs, tasks, turns
+from feedback_store.settling import decide
 
 MAX_ATTEMPTS = 5  # failed ones, after which a task is dead: it would fail the next run as well
-
-
-def content_hash(messages: Sequence[Message], verifier: str, gold: str) -> str:
-    """What makes two tasks the same: 64 hex digits over the prompt, the verifier's name and the gold."""
-    content = json.dumps([list(messages), verifier, gold], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(clean(content).encode()).hexdigest()
-
-
-def put_task(
-    connection: Connection,
-    messages: Sequence[Message],
-    verifier: str,
-    gold: str,
-    *,
-    kind: str,
-    source: str,
-    owner: str,
-    turn_id: str | None,
-    max_pending: int,
-    now: datetime,
-) -> tuple[str, bool]:
-    """The task's id and whether it is new, inside the caller's transaction; raises QueueFull before writing."""
-    key = content_hash(messages, verifier, gold)
-    same = select(tasks.c.id).where(tasks.c.content_hash == key)
-    task_id = connection.execute(same).scalar()
-    created = task_id is None
-    if task_id is None:
-        waiting = connection.execute(select(func.count()).where(tasks.c.state == "pending")).scalar_one()
-        if waiting >= max_pending:
-            raise QueueFull(
-                f"The queue is full: {waiting} tasks wait and {max_pending} may. Run a training, or raise max_pending."
-            )
-        task_id = new_id("task")
-        try:
-            with connection.begin_nested():
-                connection.execute(
-                    insert(tasks).values(
-                        id=task_id,
-                        content_hash=key,
-                        messages=list(messages),
-                        verifier=verifier,
-                        gold=gold,
-                        kind=kind,
-                        source=source,
-                        owner=owner,
-                        state="pending",
-                        attempts=0,
-                        created_at=now,
-                        updated_at=now,
-                    )
-                )
-        except IntegrityError:  # on a server database another writer may have added it since the look
-            task_id, created = connection.execute(same).scalar_one(), False
-    connection.execute(
-        insert(task_origins).values(task_id=task_id, turn_id=turn_id, source=source, owner=owner, at=now)
-    )
-    return task_id, created
 
 
 def _after_failure() -> ColumnElement[str]:
     return case((tasks.c.attempts + 1 >= MAX_ATTEMPTS, "dead"), else_="pending")
 
 
-def _state_at(now: datetime) -> ColumnElement[str]:
-    """The state as anyone should see it: a lapsed lease no longer holds, though the next claim writes that down."""
+def state_at(now: datetime) -> ColumnElement[str]:
+    """The state as anyone should see it: a lapsed lease no longer holds, nor does an expired gold, though the next
+    claim writes that down; what waits for a person or was rejected isn't pending."""
     lapsed = and_(tasks.c.state == "claimed", tasks.c.lease_until <= now)
-    return case((lapsed, _after_failure()), else_=tasks.c.state)
+    state = case((lapsed, _after_failure()), else_=tasks.c.state)
+    return case(
+        (state != "pending", state),
+        (tasks.c.expires_at <= now, "expired"),
+        (tasks.c.hold != "", tasks.c.hold),
+        else_=state,
+    )
+
+
+def may_be_claimed(now: datetime) -> ColumnElement[bool]:
+    fresh = or_(tasks.c.expires_at.is_(None), tasks.c.expires_at > now)
+    return and_(tasks.c.state == "pending", tasks.c.hold == "", fresh)
+
+
+def expire(connection: Connection, policy: Policy, now: datetime) -> None:
+    """Marks the golds whose time is over; what they stood against is weighed anew without them."""
+    new = and_(tasks.c.hold.in_(("", "review", "rejected")), tasks.c.expires_at <= now, tasks.c.state != "dead")
+    decide(connection, connection.execute(select(tasks.c.question_hash).where(new)).scalars(), policy, now)
 
 
 def give_up_claims(
@@ -136,6 +94,8 @@ def task_of(row: Row[Any]) -> QueuedTask:
         run_id=row.run_id,
         lease_until=row.lease_until,
         created_at=row.created_at,
+        reason=row.reason,
+        expires_at=row.expires_at,
     )
 
 
@@ -144,7 +104,7 @@ def _check_run(connection: Connection, run_id: str) -> None:
         raise NotFound("run", run_id)
 
 
-class Queue(Database):
+class Queue(Judging):
     def add_task(
         self,
         messages: Sequence[Message],
@@ -154,10 +114,13 @@ class Queue(Database):
         source: str,
         owner: str = "",
         turn_id: str | None = None,
+        gold_key: str | None = None,
+        expires_at: datetime | None = None,
     ) -> tuple[str, bool]:
-        """(task id, whether it is new). The same messages, verifier and gold again only add where they came from.
+        """(task id, whether it is new). The same question, verifier and gold again only add where they came from.
 
-        Raises QueueFull for a new task when `max_pending` already wait.
+        The gold is a vote of the owner's, see `gold`; `gold_key` as `admission.Gold.key`. Raises QueueFull for a new
+        task when `max_pending` already wait.
         """
         prompt = check_messages(messages)
         if not verifier:
@@ -168,23 +131,26 @@ class Queue(Database):
                 and connection.execute(select(turns.c.id).where(turns.c.id == turn_id)).first() is None
             ):
                 raise NotFound("turn", turn_id)
-            return put_task(
+            trust = self.policy.trust(source, owner)
+            given = Gold(verifier, gold, source, owner, trust, gold_key, turn_id, expires_at)
+            admitted = put_task(
                 connection,
                 prompt,
-                verifier,
-                gold,
+                given,
                 kind=kind,
-                source=source,
-                owner=owner,
-                turn_id=turn_id,
+                policy=self.policy,
                 max_pending=self._max_pending,
                 now=self._now(),
             )
+            return admitted.task_id, admitted.created
 
-    def claim(self, run_id: str, n: int, lease_seconds: float = 3600) -> list[QueuedTask]:
+    def claim(
+        self, run_id: str, n: int, lease_seconds: float = 3600, only: Sequence[str] | None = None
+    ) -> list[QueuedTask]:
         """Up to `n` waiting tasks for this run alone until the lease ends; those that failed least often, then oldest.
 
-        Lapsed leases are taken back first; each counts as a failed attempt.
+        `only`: of these ids. Lapsed leases are taken back first; each counts as a failed attempt. `claim_batch` claims
+        with the guards against poisoning, which this doesn't know.
         """
         if n < 1 or lease_seconds <= 0:
             raise InvalidRecord(f"Claim at least one task for some time, not n={n}, lease_seconds={lease_seconds}.")
@@ -192,11 +158,10 @@ class Queue(Database):
             now = self._now()
             until = now + timedelta(seconds=lease_seconds)
             _check_run(connection, run_id)
-            lapsed = tasks.c.lease_until <= now
-            give_up_claims(connection, lapsed, failed=True, claim_state="expired", now=now, passing_by=True)
+            self._sweep(connection)
             rows = connection.execute(
                 select(tasks.c.id)
-                .where(tasks.c.state == "pending")
+                .where(may_be_claimed(now), *([] if only is None else [tasks.c.id.in_(only)]))
                 .order_by(tasks.c.attempts, tasks.c.id)
                 .limit(n)
                 .with_for_update(skip_locked=True)  # for PostgreSQL; SQLite's write lock is already held
@@ -220,6 +185,13 @@ class Queue(Database):
                 .order_by(tasks.c.attempts, tasks.c.id)
             )
             return [task_of(row) for row in held if row.id in wanted]
+
+    def _sweep(self, connection: Connection) -> None:
+        """Writes down what time has done: leases that lapsed, golds that expired."""
+        now = self._now()
+        lapsed = tasks.c.lease_until <= now
+        give_up_claims(connection, lapsed, failed=True, claim_state="expired", now=now, passing_by=True)
+        expire(connection, self.policy, now)
 
     def renew(self, run_id: str, lease_seconds: float = 3600) -> int:
         """Lengthens the lease of every task that the run holds, lapsed ones that nobody took included; how many."""
@@ -283,7 +255,7 @@ class Queue(Database):
     def task(self, task_id: str) -> QueuedTask:
         with self._read() as connection:
             row = connection.execute(
-                select(tasks, _state_at(self._now()).label("state_now")).where(tasks.c.id == task_id)
+                select(tasks, state_at(self._now()).label("state_now")).where(tasks.c.id == task_id)
             ).first()
         if row is None:
             raise NotFound("task", task_id)
@@ -291,7 +263,7 @@ class Queue(Database):
 
     def tasks(self, state: TaskState | None = None, limit: int = 100) -> list[QueuedTask]:
         """The oldest first; a task whose lease lapsed shows as pending (or dead)."""
-        state_now = _state_at(self._now())
+        state_now = state_at(self._now())
         query = select(tasks, state_now.label("state_now")).order_by(tasks.c.id).limit(limit)
         if state is not None:
             query = query.where(state_now == state)
@@ -300,12 +272,12 @@ class Queue(Database):
 
     def queue_stats(self) -> dict[str, Any]:
         """How many tasks each state has: `{"pending": n, …, "by_kind": {kind: {state: n}}, "max_pending": n}`."""
-        state_now = _state_at(self._now()).label("state_now")
+        state_now = state_at(self._now()).label("state_now")
         with self._read() as connection:
             rows = connection.execute(
                 select(tasks.c.kind, state_now, func.count().label("n")).group_by(tasks.c.kind, state_now)
             ).all()
-        states: dict[str, int] = {"pending": 0, "claimed": 0, "done": 0, "dead": 0, "withdrawn": 0}
+        states: dict[str, int] = dict.fromkeys(get_args(TaskState), 0)
         by_kind: dict[str, dict[str, int]] = {}
         for row in rows:
             states[row.state_now] += row.n

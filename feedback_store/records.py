@@ -10,8 +10,9 @@ from typing import Any, Literal, Protocol, TypedDict
 Message = dict[str, Any]
 TurnStatus = Literal["running", "done", "no_answer", "length", "cancelled", "tool_calls", "error", "interrupted"]
 FinalStatus = Literal["done", "no_answer", "length", "cancelled", "tool_calls", "error"]
-OutcomeSource = Literal["verifier", "client", "person"]
-TaskState = Literal["pending", "claimed", "done", "dead", "withdrawn"]
+OutcomeSource = Literal["verifier", "client", "person", "judge"]
+TaskState = Literal["pending", "claimed", "done", "dead", "withdrawn", "review", "rejected", "expired"]
+Became = Literal["", "queued", "known", "reopened", "review", "rejected", "quarantined", "done", "dead", "expired"]
 ClaimState = Literal["claimed", "completed", "released", "expired"]
 VersionStatus = Literal["candidate", "published", "refused"]
 RunStatus = Literal["running", "promoted", "refused", "ended", "failed"]
@@ -160,7 +161,10 @@ class ApiKey:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A verdict on a turn. `note` says why it made no new task, where one could be expected."""
+    """A verdict on a turn. `became`: what became of its gold, "" where no task came of it; `note` says so in words.
+
+    `trust`, in [0, 1]: what its gold weighs against others. `expires_at`: when the gold may have changed.
+    """
 
     id: str
     turn_id: str
@@ -173,11 +177,15 @@ class Outcome:
     task_id: str | None
     note: str
     created_at: datetime
+    trust: float = 1.0
+    became: Became = ""
+    expires_at: datetime | None = None
 
 
 @dataclass(frozen=True)
 class QueuedTask:
-    """`attempts` counts failed ones. The first 16 digits of `content_hash` are `online_rl.tasks.base.Task.id`."""
+    """`attempts` counts failed ones; `reason`: why it rests. The first 16 digits of `content_hash` are
+    `online_rl.tasks.base.Task.id`."""
 
     id: str
     content_hash: str
@@ -192,6 +200,64 @@ class QueuedTask:
     run_id: str | None
     lease_until: datetime | None
     created_at: datetime
+    reason: str = ""
+    expires_at: datetime | None = None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What one gold of a question has for it. `owners`: who gave it, by trust; quarantined ones count for nothing."""
+
+    gold: str
+    trust: float
+    owners: dict[str, float]
+    task_ids: list[str]
+    states: list[str]
+
+
+@dataclass(frozen=True)
+class Review:
+    """A question whose gold a person must decide, or has. `id` is the start of its hash. `basis`: how the gold is
+    known: "" (it isn't), trusted, consensus, review."""
+
+    id: str
+    messages: list[Message]
+    verifiers: list[str]
+    golds: list[Claim]
+    reason: str
+    basis: str
+    decided_by: str
+    decision: str | None
+    at: datetime
+
+
+@dataclass(frozen=True)
+class Quarantine:
+    """An owner whose golds don't count, or (not `active`) who was let go `at` that time."""
+
+    owner: str
+    active: bool
+    who: str
+    reason: str
+    at: datetime
+
+
+@dataclass(frozen=True)
+class AuditEntry:
+    id: int
+    at: datetime
+    who: str
+    action: str
+    subject: str
+    detail: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a guarded claim took, and what it left in the queue, by the reason."""
+
+    tasks: list[QueuedTask]
+    left: dict[str, list[str]]
 
 
 @dataclass(frozen=True)

@@ -185,9 +185,50 @@ tasks = Table(
     Column("lease_until", UtcTime),
     Column("created_at", UtcTime, nullable=False),
     Column("updated_at", UtcTime, nullable=False),
-    Index(None, "state", "attempts", "id"),
+    Column("question_hash", String(64), nullable=False, server_default=""),  # see `gold.question_hash`
+    Column("gold_key", CleanText, nullable=False, server_default=""),  # equal where golds mean the same; "": no vote
+    Column("hold", String(16), nullable=False, server_default=""),  # why it isn't claimed: review, rejected, expired
+    Column("reason", CleanText, nullable=False, server_default=""),  # of the hold, or of the last failure
+    Column("expires_at", UtcTime),  # of the gold
+    Index(None, "state", "hold", "attempts", "id"),
+    Index(None, "state", "hold", "owner"),
     Index(None, "run_id", "state"),
     Index(None, "lease_until"),  # null unless claimed: the few that a claim must look at first
+    Index(None, "question_hash"),
+    Index(None, "hold", "expires_at"),
+)
+
+questions = Table(  # a row for each that a task asks: what its gold is known by, and what its writers lock
+    "questions",
+    metadata,
+    Column("hash", String(64), primary_key=True),
+    Column("gold_key", CleanText),  # null: none is known, or (basis review) all are rejected
+    Column("basis", String(16), nullable=False),  # "", trusted, consensus, review
+    Column("who", CleanText, nullable=False),
+    Column("reason", CleanText, nullable=False),
+    Column("at", UtcTime, nullable=False),
+)
+
+quarantines = Table(  # owners whose golds don't count; one that was let go keeps its row, not active
+    "quarantines",
+    metadata,
+    Column("owner", CleanText, primary_key=True),
+    Column("active", Boolean, nullable=False),
+    Column("who", CleanText, nullable=False),
+    Column("reason", CleanText, nullable=False),
+    Column("at", UtcTime, nullable=False),
+)
+
+audit = Table(  # who decided what about the record
+    "audit",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("at", UtcTime, nullable=False),
+    Column("who", CleanText, nullable=False),
+    Column("action", String(40), nullable=False),
+    Column("subject", CleanText, nullable=False),
+    Column("detail", JSON, nullable=False),
+    Index(None, "action"),
 )
 
 task_origins = Table(  # every turn or source that asked for a task, the first included
@@ -199,8 +240,10 @@ task_origins = Table(  # every turn or source that asked for a task, the first i
     Column("source", CleanText, nullable=False),
     Column("owner", CleanText, nullable=False),
     Column("at", UtcTime, nullable=False),
+    Column("trust", Float, nullable=False, server_default="1"),
     Index(None, "task_id"),
     Index(None, "turn_id"),
+    Index(None, "owner", "id"),
 )
 
 run_tasks = Table(  # one row for each claim, so that who trained on what stays known
@@ -230,6 +273,9 @@ outcomes = Table(
     Column("task_id", String(40), ForeignKey("tasks.id")),
     Column("note", CleanText, nullable=False),
     Column("created_at", UtcTime, nullable=False),
+    Column("trust", Float, nullable=False, server_default="1"),
+    Column("became", String(16), nullable=False, server_default=""),  # see `records.Became`
+    Column("expires_at", UtcTime),
     Index(None, "turn_id"),
     Index(None, "task_id"),
     Index(None, "source"),

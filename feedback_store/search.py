@@ -7,11 +7,12 @@ transaction that writes the turn. A query is a list of words, all of which a tur
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, delete, func, insert, select, text, update
+from sqlalchemy import ColumnElement, Connection, Select, delete, insert, literal_column, select, text, update
 
 from feedback_store.codec import clean
 from feedback_store.conversation_rows import conversation_of, conversation_rows
@@ -22,6 +23,9 @@ from feedback_store.schema import conversations, search_texts
 
 LONGEST_QUERY = 1000  # characters
 _WORD = re.compile(r"\w+")
+_MARKS = re.compile("[\u0300-\u036f]")  # accents, once they stand behind their letter
+# As the migration indexes it: without accents, as FTS5 does.
+_VECTOR = "to_tsvector('simple', regexp_replace(normalize(search_texts.text, NFKD), '[\u0300-\u036f]', '', 'g'))"
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,9 @@ def matching(connection: Connection, query: str) -> ColumnElement[bool]:
         # Each word in quotes is a plain string to FTS5, whatever it means outside of them.
         index = text("SELECT rowid FROM search_index WHERE search_index MATCH :words")
         return search_texts.c.id.in_(index.bindparams(words=" ".join(f'"{word}"' for word in words)))  # type: ignore[arg-type]
-    vector = func.to_tsvector(text("'simple'"), search_texts.c.text)
-    return vector.bool_op("@@")(func.plainto_tsquery(text("'simple'"), " ".join(words)))
+    plain = _MARKS.sub("", unicodedata.normalize("NFKD", " ".join(words)))
+    wanted = text("plainto_tsquery('simple', :words)").bindparams(words=plain)
+    return literal_column(_VECTOR).bool_op("@@")(wanted)
 
 
 def conversations_with(connection: Connection, query: str) -> Select[Any]:

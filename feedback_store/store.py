@@ -8,15 +8,20 @@ from typing import Any, Self
 
 from sqlalchemy import func, select
 
+from feedback_store.audit import Audit
+from feedback_store.claims import Claims
 from feedback_store.conversations import Conversations
 from feedback_store.database import CONNECTIONS, Clock, connect_to, parse_location, utc_now
+from feedback_store.dead_letter import DeadLetter
 from feedback_store.erasure import Erasure
+from feedback_store.gold import Policy
 from feedback_store.keys import Keys
 from feedback_store.lineage import LineageTree
 from feedback_store.migrate import bring_up_to_date
 from feedback_store.outcomes import Outcomes
 from feedback_store.presence import Presence
-from feedback_store.queue import Queue
+from feedback_store.quarantine import Quarantines
+from feedback_store.review import Reviews
 from feedback_store.runs import Runs
 from feedback_store.schema import conversations, outcomes, turns
 from feedback_store.search import Search
@@ -32,7 +37,11 @@ class Store(
     Conversations,
     ToolResults,
     Outcomes,
-    Queue,
+    Claims,
+    DeadLetter,
+    Reviews,
+    Quarantines,
+    Audit,
     Versions,
     Runs,
     Keys,
@@ -60,17 +69,20 @@ class Store(
         busy_seconds: float = 30.0,
         connections: int = CONNECTIONS,
         now: Clock = utc_now,
+        policy: Policy | None = None,
     ) -> Self:
         """Opens the file (made with its folder if missing) or the database at a URL, migrated to this release.
 
         `max_pending`: how many tasks may wait in the queue. `busy_seconds`: how long to wait for another process's
-        write. `connections`: to a PostgreSQL server, at most. `now`: the clock that stamps rows and ends leases. An
-        older SQLite file is copied beside itself first.
+        write. `connections`: to a PostgreSQL server, at most. `now`: the clock that stamps rows and ends leases.
+        `policy`: how much whose gold counts. An older SQLite file is copied beside itself first.
         """
         url = parse_location(path_or_url)
         bring_up_to_date(url, busy_seconds)
         engine = connect_to(url, busy_seconds, connections=connections)
-        return cls(engine, max_pending=max_pending, busy_seconds=busy_seconds, now=now)
+        opened = cls(engine, max_pending=max_pending, busy_seconds=busy_seconds, now=now)
+        opened.policy = policy or Policy()
+        return opened
 
     def __enter__(self) -> Self:
         return self

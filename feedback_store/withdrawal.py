@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from sqlalchemy import Connection, delete, select, update
 
-from feedback_store.schema import outcomes, run_tasks, task_origins, tasks
+from feedback_store.schema import outcomes, questions, run_tasks, task_origins, tasks
 
 CHUNK = 500  # ids in one statement
 T = TypeVar("T")
@@ -24,7 +24,10 @@ def withdraw(connection: Connection, task_ids: Sequence[str], now: datetime) -> 
     no messages, no gold): which run used them stays known. The same question may be asked for again, as a new task.
     """
     emptied = 0
+    hashes: set[str] = set()
     for some in chunks(task_ids):
+        its = select(tasks.c.question_hash).where(tasks.c.id.in_(some))
+        hashes |= set(connection.execute(its).scalars())
         used = set(
             connection.execute(select(run_tasks.c.task_id).where(run_tasks.c.task_id.in_(some)).distinct()).scalars()
         )
@@ -39,6 +42,9 @@ def withdraw(connection: Connection, task_ids: Sequence[str], now: datetime) -> 
                     content_hash="withdrawn:" + tasks.c.id,
                     messages=[],
                     gold="",
+                    question_hash="",
+                    gold_key="",
+                    reason="",
                     owner="",
                     state="withdrawn",
                     run_id=None,
@@ -49,4 +55,7 @@ def withdraw(connection: Connection, task_ids: Sequence[str], now: datetime) -> 
         connection.execute(delete(task_origins).where(task_origins.c.task_id.in_(some)))
         connection.execute(update(outcomes).where(outcomes.c.task_id.in_(some)).values(task_id=None))
         connection.execute(delete(tasks).where(tasks.c.id.in_([id for id in some if id not in used])))
+    for some in chunks(sorted(hashes)):  # of a question that nobody asks any more, not even its gold stays
+        asked = select(tasks.c.id).where(tasks.c.question_hash == questions.c.hash).exists()
+        connection.execute(delete(questions).where(questions.c.hash.in_(some), ~asked))
     return len(task_ids) - emptied, emptied

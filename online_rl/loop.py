@@ -16,11 +16,12 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from feedback_store import Run, RunUnderWay, Store
+from feedback_store import Guards, Run, RunUnderWay, Store
+from feedback_store.guards import OVER_SHARE
 from online_rl.adapters import load_adapter, save_adapter, save_version
 from online_rl.checkpoints import MAY_CHANGE
 from online_rl.evaluation import Recorded, evaluate
@@ -58,9 +59,9 @@ class RunRefused(RuntimeError):
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a run works on. `heldout` is the evaluation's frozen set; a queued task that is in it isn't trained on.
-    `practice` makes up for a queue of fewer tasks than it has itself. `tool_seconds` is what one tool call may take.
-    `redact` takes what identifies people out of queued questions."""
+    """What a run works on. `heldout` is the evaluation's frozen set; a queued task that overlaps it isn't trained on.
+    `guards`: what else a batch may be made of. `practice` makes up for a queue of fewer tasks than it has itself.
+    `tool_seconds` is what one tool call may take. `redact` takes what identifies people out of queued questions."""
 
     recipe: Recipe
     heldout: Sequence[Task]
@@ -71,6 +72,7 @@ class RunOptions:
     least_tasks: int = 8
     evaluation: Sampling = field(default_factory=lambda: Sampling(0.7, 0.95, 256, seed=1))
     gate: GateConfig = field(default_factory=GateConfig)
+    guards: Guards = field(default_factory=Guards)
     tool_seconds: float = Limits.tool_seconds
     redact: Redact | None = None
 
@@ -142,6 +144,7 @@ class _Run:
         )
         self.agent = Agent(self.engine, make_dialect(options.dialect, base.tokenizer), toolbox, limits)
         self.seconds: dict[str, float] = {}
+        self.set_aside: dict[str, int] = {}  # queued tasks that aren't trained on, by the reason
         self._open = contextlib.ExitStack()
         self.sampled: str | None = None  # the engine's name of the weights that rollouts come from
 
@@ -155,7 +158,11 @@ class _Run:
             with self._timed("claim"):
                 tasks = self._claim()
             if len(tasks) < self.options.least_tasks:
-                return self._end(f"{len(tasks)} tasks are too few to learn from; at least {self.options.least_tasks}.")
+                aside = ", ".join(f"{n} {reason}" for reason, n in self.set_aside.items())
+                return self._end(
+                    f"{len(tasks)} tasks are too few to learn from; at least {self.options.least_tasks}."
+                    + (f" Set aside: {aside}." if aside else "")
+                )
             try:
                 metrics = await self._train(tasks)
             except TrainingDiverged as error:  # it would diverge again: nothing to resume
@@ -206,27 +213,42 @@ class _Run:
             self.store.renew(self.id, LEASE_S)
             tasks = [Task(**row | {"messages": tuple(row["messages"])}) for row in json.loads(file.read_text())]
         else:
-            frozen = {task.question for task in self.options.heldout}
+            heldout = [task.question for task in self.options.heldout]
+            guards = replace(self.options.guards, heldout=[*self.options.guards.heldout, *heldout])
             tasks = []
             aside: dict[str, list[str]] = {}
+            unused: set[str] = set()
+            owners: list[str] = []
             self.store.release(self.id)  # what a claim held that was killed before it was written down
             self.store.withdraw_without_consent()
             # What is set aside stays claimed until the run ends, so it can't keep later tasks from being reached.
-            while len(tasks) < self.options.claim and (
-                batch := self.store.claim(self.id, self.options.claim - len(tasks), LEASE_S)
-            ):
-                for queued in batch:
+            while True:
+                batch = self.store.claim_batch(self.id, self.options.claim - len(tasks), guards, LEASE_S, unused)
+                for queued in batch.tasks:
                     messages, meta = tuple(queued.messages), {"queue_id": queued.id}
                     task = Task(messages, queued.verifier, queued.gold, queued.kind, "queue", meta)
-                    fit = "held out for evaluation" if task.question in frozen else self._fit(task)
+                    fit = self._fit(task)
                     if isinstance(fit, str):
                         aside.setdefault(fit, []).append(queued.id)
+                        unused.add(queued.id)
                     else:
                         tasks.append(fit)
+                        owners.append(queued.owner)
+                if not batch.tasks or len(tasks) >= self.options.claim:
+                    break
+            aside |= batch.left
+            kept = set(guards.trim(owners))  # what turned out unfit may have been what the others' share rested on
+            if over := [task.meta["queue_id"] for n, task in enumerate(tasks) if n not in kept]:
+                aside[OVER_SHARE] = [*aside.get(OVER_SHARE, []), *over]
+                tasks = [task for n, task in enumerate(tasks) if n in kept]
             claimed = len(tasks)
             tasks += self.options.practice[claimed:]
             _write(file, [asdict(task) for task in tasks])
-            self._journal("claim", claimed=claimed, practice=len(tasks) - claimed, set_aside=aside)
+            counts = {reason: len(ids) for reason, ids in aside.items()}
+            some = {reason: ids[:20] for reason, ids in aside.items()}
+            self._journal("claim", claimed=claimed, practice=len(tasks) - claimed, set_aside=counts, examples=some)
+        stages = self.store.run(self.id).stages
+        self.set_aside = next((dict(s.detail["set_aside"]) for s in stages if s.stage == "claim"), {})
         from_queue = sum(task.source == "queue" for task in tasks)
         self.listener(
             "claim", len(tasks), len(tasks), f"{from_queue} from the queue, {len(tasks) - from_queue} practice"
@@ -370,6 +392,7 @@ class _Run:
             "run": self.id, "status": status, "parent": self.parent, "version": self.candidate,
             "reasons": decision.reasons, "gate": decision.report(), "examples": examples,
             "tasks": dict(Counter(f"{task.kind} ({task.source})" for task in tasks)),
+            "set_aside": self.set_aside,
             "steps": len(metrics), "seconds": {k: round(v, 1) for k, v in self.seconds.items()},
         }  # fmt: skip
         write_report(self.folder, report, metrics)
@@ -401,7 +424,13 @@ class _Run:
 
     def _end(self, reason: str) -> RunResult:
         """Politely: nothing was wrong, there was only nothing to learn. Claimed tasks go back to the queue."""
-        report = {"run": self.id, "status": "ended", "reasons": [reason], "seconds": self.seconds}
+        report = {
+            "run": self.id,
+            "status": "ended",
+            "reasons": [reason],
+            "set_aside": self.set_aside,
+            "seconds": self.seconds,
+        }
         self.store.finish_run(self.id, "ended", report)
         return RunResult(self.id, "ended", None, [reason], self.folder, report)
 

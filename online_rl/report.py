@@ -28,6 +28,7 @@ def markdown(report: dict[str, Any]) -> str:
         + ".",
         "",
         *(f"- {reason}" for reason in report["reasons"]),
+        *(f"- set aside: {n}, {reason}" for reason, n in report.get("set_aside", {}).items()),
         "",
         "![reward and accuracy by step](curve.png)",
         "",

@@ -313,9 +313,36 @@ async def test_feedback_scores_and_corrects(world: World) -> None:
     assert world.store.task(judged["task_id"]).messages[-1]["content"] == "What is 6 * 7?"
 
 
+async def test_feedback_tells_what_became_of_it(world: World) -> None:
+    told = (await world.chat(SUM, metadata={"verifier": "numeric", "gold": "42"})).json()["whetstone"]
+    assert (told["outcome"]["became"], told["outcome"]["note"]) == ("queued", "")
+    turn_id = told["turn_id"]
+
+    async def teach(**body: Any) -> dict[str, Any]:
+        sent = {"turn_id": turn_id, "verifier": "numeric"} | body
+        answer = await world.client.post("/v1/feedback", json=sent)
+        assert answer.status_code == 200, answer.text
+        told: dict[str, Any] = answer.json()
+        return told
+
+    assert (await teach(gold="42.0"))["became"] == "known"
+    world.store.add_task(SUM["messages"], "math", "41", "math", "client", "key-other", gold_key="41")
+    contested = await teach(gold="42", expires_at="2999-01-01T00:00:00Z")
+    assert contested["became"] == "review"
+    assert "until a person has decided: 2 golds contradict each other" in contested["note"]
+    expiry = world.store.task(contested["task_id"]).expires_at
+    assert expiry is not None
+    assert expiry.year == 2999
+    world.store.quarantine("local", "root", "a test")
+    assert (await teach(gold="42"))["became"] == "quarantined"
+
+
 @pytest.mark.parametrize(
     ("body", "status"),
     [
+        ({"turn_id": "TURN", "verifier": "numeric", "gold": "1", "expires_at": "2020-01-01T00:00:00Z"}, 400),
+        ({"turn_id": "TURN", "verifier": "numeric", "gold": "1", "expires_at": "2999-01-01"}, 400),
+        ({"turn_id": "TURN", "score": 1, "expires_at": "2999-01-01T00:00:00Z"}, 400),
         ({"turn_id": "turn-none", "score": 1}, 404),
         ({"turn_id": "TURN"}, 400),
         ({"turn_id": "TURN", "score": 2}, 400),

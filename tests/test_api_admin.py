@@ -248,3 +248,31 @@ async def test_half_a_character_is_read_as_the_replacement_character(
         tools = [{"type": "function", "function": {"name": f"t{n}", "description": "x" * 1000}} for n in range(90)]
         large = await client.post("/v1/chat/completions", json=SUM | {"tools": tools})
         assert (large.status_code, large.json()["error"]["param"]) == (400, "tools")
+
+
+async def test_contested_golds_are_decided_and_owners_quarantined(
+    base: BaseModel, store: Store, tmp_path: Path
+) -> None:
+    ask = [{"role": "user", "content": "How high?"}]
+    tasks = [store.add_task(ask, "numeric", gold, "numeric", "client", f"key-{gold}")[0] for gold in "12"]
+    async with calling(base, store, tmp_path, admin_open_on_loopback=True) as client:
+        (review,) = (await client.get("/v1/admin/review")).json()["data"]
+        assert [claim["gold"] for claim in review["golds"]] == ["1", "2"]
+        at = f"/v1/admin/review/{review['id']}"
+        refused = await client.post(at, json={"gold": "3"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "not_decided")
+        assert (await client.delete(at)).status_code == 409
+        decided = (await client.post(at, json={"gold": "2", "reason": "measured"})).json()
+        assert (decided["decision"], decided["decided_by"]) == ("2", "local")
+        assert [store.task(task_id).state for task_id in tasks] == ["rejected", "pending"]
+        assert (await client.post(at, json={"gold": None})).json()["decision"] is None
+        await client.delete(at)
+        assert [store.task(task_id).state for task_id in tasks] == ["review", "review"]
+        assert (await client.get("/v1/admin/review/0123")).status_code == 404
+
+        put = (await client.post("/v1/admin/quarantine/key-1")).json()
+        assert (put["active"], put["who"]) == (True, "local")
+        assert [store.task(task_id).state for task_id in tasks] == ["rejected", "pending"]
+        assert (await client.delete("/v1/admin/quarantine/key-1")).json()["active"] is False
+        assert (await client.delete("/v1/admin/quarantine/key-1")).status_code == 404
+        assert len((await client.get("/v1/admin/quarantine")).json()["data"]) == 1

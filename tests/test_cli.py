@@ -242,3 +242,36 @@ def test_a_secret_isnt_printed() -> None:
     with pytest.raises(SettingsError) as refused:
         load(api_keys=[["s3cret"]])
     assert "s3cret" not in str(refused.value)
+
+
+def test_the_review_list_the_quarantine_and_the_audit(store: Store) -> None:
+    def queue(*command: str) -> str:
+        result = run.invoke(app, ["queue", *command])
+        assert result.exit_code == 0, result.output
+        return " ".join(result.output.split())
+
+    ask = [{"role": "user", "content": "How high?"}]
+    store.add_task(ask, "numeric", "1", "numeric", "person", "key-a")
+    store.add_task(ask, "numeric", "2", "numeric", "person", "key-b")
+    (review,) = json.loads(queue("review", "--json"))
+    assert "1 (0.5); 2 (0.5)" in queue("review")
+    assert "key-a 0.5" in queue("review", "show", review["id"])
+    assert "pending" in queue("review", "accept", review["id"], "2", "--reason", "measured")
+    assert json.loads(queue("--json"))["stats"]["rejected"] == 1
+    assert "rejected" in queue("review", "reject", review["id"])
+    assert "review" in queue("review", "withdraw", review["id"])
+    assert "wait for review: 0" in queue("quarantine", "add", "key-a")
+    assert "key-a in" in queue("quarantine")
+    assert "count again" in queue("quarantine", "lift", "key-a")
+    actions = [entry["action"] for entry in json.loads(queue("audit", "--json"))]
+    assert actions == [
+        "quarantine.lift", "quarantine", "review.withdraw", "review.reject", "review.accept"
+    ]  # fmt: skip
+    assert "gold 2, reason measured" in queue("audit", "--action", "review.accept")
+    assert "No task is dead" in queue("dead")
+    for wrong in (
+        ["review", "show", "0"],
+        ["review", "accept", review["id"], "3"],
+        ["requeue", review["golds"][0]["task_ids"][0]],
+    ):
+        assert run.invoke(app, ["queue", *wrong]).exit_code == 1

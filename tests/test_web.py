@@ -297,10 +297,14 @@ async def test_a_thumb_and_a_correction_are_recorded(
     assert "bad" in await verdicts.thumb(service, "local", session.last_turn, up=False)
     said = await verdicts.correct(service, "local", session.last_turn, "41")
     assert "queued for tonight" in said
-    corrected, thumb = store.outcomes(session.last_turn)
+    assert "1 question for tonight" in re.sub("<[^>]+>", "", await status_line(service))
+    store.add_task([{"role": "user", "content": "What is 6 * 7?"}], "numeric", "42", "numeric", "person", "key-other")
+    contested = await verdicts.correct(service, "local", session.last_turn, "41")
+    assert "queued" not in contested
+    assert "It trains nothing until a person has decided" in contested
+    _, corrected, thumb = store.outcomes(session.last_turn)
     assert (thumb.source, thumb.score) == ("person", 0.0)
     assert (corrected.source, corrected.verifier, corrected.gold, corrected.score) == ("person", "numeric", "41", 0.0)
-    assert "1 question for tonight" in re.sub("<[^>]+>", "", await status_line(service))
 
 
 @pytest.mark.parametrize(("turn", "gold"), [(None, "42"), ("last", "  "), ("turn_none", "42")])

@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from starlette.middleware.cors import CORSMiddleware
 
-from app.api import admin, chat, consent, conversations, errors, feedback, files, metrics, models
+from app.api import admin, chat, consent, conversations, errors, feedback, files, metrics, models, review
 from app.api.guard import Guard, needs
 from app.api.limits import Limits
 from app.api.responses import routes as responses
@@ -34,6 +34,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     app.include_router(consent.router(service), dependencies=[needs("chat")])
     app.include_router(metrics.router(service), dependencies=[needs("metrics", "admin")])
     app.include_router(admin.router(service), dependencies=[needs("admin")])
+    app.include_router(review.router(service), dependencies=[needs("admin")])
 
     @app.get("/healthz", summary="200 when the engine and the store answer, else 503 and which doesn't")
     async def healthz() -> JSONResponse:

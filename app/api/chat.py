@@ -71,6 +71,7 @@ def to_question(body: ChatRequest, owner: str, settings: Settings, request_id: s
         version=None if body.model == settings.model_name else body.model,
         verifier=metadata.verifier if metadata else None,
         gold=metadata.gold if metadata else None,
+        gold_expires_at=metadata.gold_expires_at if metadata else None,
         terms=to_terms(body),
         server_tools=metadata is None or metadata.server_tools == "all",
         request_id=request_id,

@@ -41,6 +41,7 @@ def router(service: Service) -> APIRouter:
             verifier=body.verifier,
             gold=body.gold,
             reason=body.comment,
+            expires_at=body.expires_at,
         )
         return {"object": "whetstone.outcome", "turn_id": turn_id} | wire.outcome_summary(outcome)
 

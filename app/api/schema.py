@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 _DEEPEST = 100  # levels of a body: more than any schema that is taken
 # What clients send beside the question, and what changes nothing in an answer.
@@ -145,8 +146,8 @@ class JsonSchemaFormat(BaseModel):
 
 
 class Metadata(BaseModel):
-    """`verifier` and `gold` judge the answer at once; `conversation_id` adds the turn to that conversation;
-    `server_tools` "none" leaves the policy with the client's tools only.
+    """`verifier` and `gold` judge the answer at once, and train nothing from `gold_expires_at` on; `conversation_id`
+    adds the turn to that conversation; `server_tools` "none" leaves the policy with the client's tools only.
 
     Other keys are the client's own and are let be, as with OpenAI.
     """
@@ -155,6 +156,7 @@ class Metadata(BaseModel):
 
     verifier: str | None = None
     gold: str | None = None
+    gold_expires_at: AwareDatetime | None = None
     conversation_id: str | None = None
     server_tools: Literal["all", "none"] = "all"
 
@@ -163,7 +165,15 @@ class Metadata(BaseModel):
         if (self.verifier is None) != (self.gold is None):
             missing = "gold" if self.gold is None else "verifier"
             raise ValueError(f"verifier and gold come together, and {missing} is missing")
+        _check_expiry("gold_expires_at", self.gold_expires_at, self.gold)
         return self
+
+
+def _check_expiry(name: str, at: datetime | None, gold: str | None) -> None:
+    if at is not None and gold is None:
+        raise ValueError(f"{name} is a gold's, and there is none")
+    if at is not None and at <= datetime.now(UTC):
+        raise ValueError(f"{name} is past: give a later time, or leave the gold out")
 
 
 class StreamOptions(BaseModel):
@@ -241,6 +251,7 @@ class FeedbackRequest(BaseModel):
     score: Annotated[float, Field(ge=0, le=1)] | None = None
     verifier: str | None = None
     gold: Annotated[str, Field(min_length=1)] | None = None
+    expires_at: AwareDatetime | None = None  # of the gold: it trains nothing from then on
     comment: Annotated[str, Field(max_length=4000)] = ""
 
     @model_validator(mode="after")
@@ -252,6 +263,7 @@ class FeedbackRequest(BaseModel):
             raise ValueError(f"verifier and gold come together, and {missing} is missing")
         if (self.score is None) == (self.gold is None):
             raise ValueError("send either a score, or a verifier and a gold answer that score it")
+        _check_expiry("expires_at", self.expires_at, self.gold)
         return self
 
 
@@ -272,6 +284,23 @@ class VersionUse(BaseModel):
 
     reason: Annotated[str, Field(max_length=1000)] = ""
     move_conversations: bool = False
+
+
+class Reason(BaseModel):
+    """Why, kept in the record."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    reason: Annotated[str, Field(max_length=1000)] = ""
+
+
+class ReviewDecision(BaseModel):
+    """The body of POST /v1/admin/review/ID: the gold, one of those that were given, or null to reject them all."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    gold: Annotated[str, Field(min_length=1)] | None
+    reason: Annotated[str, Field(max_length=1000)] = ""
 
 
 class VersionTrial(VersionUse):

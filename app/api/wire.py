@@ -220,7 +220,14 @@ def step_summary(step: Step) -> dict[str, Any]:
 
 
 def outcome_summary(outcome: Outcome) -> dict[str, Any]:
-    return {"id": outcome.id, "score": outcome.score, "task_id": outcome.task_id, "note": outcome.note}
+    """`became`: queued, known, reopened, review, rejected, quarantined, done, dead; null where no task came of it."""
+    return {
+        "id": outcome.id,
+        "score": outcome.score,
+        "task_id": outcome.task_id,
+        "became": outcome.became or None,
+        "note": outcome.note,
+    }
 
 
 def ids(started: Started) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def train(
         raise console.fail("only single runs exist so far: add --once. For every night, let cron call it.")
     settings = console.settings()
     _be_nice()
-    from app.record import open_store
+    from app.record import guards, open_store
     from app.redaction import redactor
     from app.tools import open_toolbox, tool_seconds
     from feedback_store import StoreError
@@ -67,6 +67,7 @@ def train(
             recipe_name=recipe,
             dialect=settings.dialect,
             evaluation=Sampling(settings.temperature, settings.top_p, 256, seed=1),
+            guards=guards(settings),
             tool_seconds=tool_seconds(settings),
             redact=redactor() if settings.redact_training else None,
         )  # fmt: skip

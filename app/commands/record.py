@@ -1,4 +1,4 @@
-"""What the record holds: versions, the queue and runs. None of it loads the model."""
+"""What the record holds: versions and runs. None of it loads the model."""
 
 from __future__ import annotations
 
@@ -96,19 +96,6 @@ def canary(
     console.out.print(f"[bold]{version}[/] {tried}")
 
 
-def queue(as_json: AsJson = False, limit: Annotated[int, typer.Option(min=1, help="How many to show.")] = 20) -> None:
-    """The tasks that wait for training, oldest first."""
-    with console.opened_store() as store:
-        stats, waiting = store.queue_stats(), store.tasks("pending", limit)
-    if as_json:
-        console.print_json({"stats": stats, "pending": waiting})
-        return
-    rows = [(task.id, task.kind, task.source, task.gold, _line(task.messages)) for task in waiting]
-    counts = ", ".join(f"{stats[state]} {state}" for state in ("pending", "claimed", "done", "dead", "withdrawn"))
-    empty = "The queue is empty: an answer that is corrected or verified puts its question there."
-    console.table(f"Queue: {counts}", ("task", "verifier", "from", "gold", "question"), rows, empty)
-
-
 def runs(as_json: AsJson = False, limit: Annotated[int, typer.Option(min=1, help="How many to show.")] = 20) -> None:
     """The runs of the online loop, newest first."""
     with console.opened_store() as store:
@@ -127,8 +114,3 @@ def runs(as_json: AsJson = False, limit: Annotated[int, typer.Option(min=1, help
 
 def _moved(conversations: int) -> str:
     return f" {conversations} conversation{'' if conversations == 1 else 's'} moved." if conversations else ""
-
-
-def _line(messages: list[dict[str, object]]) -> str:
-    text = " ".join(str(messages[-1].get("content", "")).split())
-    return text if len(text) <= 60 else text[:59] + "…"

@@ -13,6 +13,7 @@ AUTO = "automatic"
 KINDS = {AUTO: "", "number": "numeric", "text": "exact", "maths": "math"}
 _NUMBER = re.compile(r"[-+]?(\d[\d,  ]*)?\.?\d+([eE][-+]?\d+)?%?")
 TAKEN = "Thank you"
+_QUEUED = ("queued", "known", "reopened")
 
 
 def verifier_for(gold: str, chosen: str = AUTO) -> str:
@@ -54,6 +55,6 @@ async def correct(service: Service, owner: str, turn_id: str | None, gold: str, 
 
 def told(outcome: Outcome) -> str:
     verdict = "the answer was right" if (outcome.score or 0.0) > 0.9 else "the answer was not right"
-    if outcome.task_id is None:
-        return f"{TAKEN}: recorded, {verdict}. {outcome.note}"
-    return f"{TAKEN}: {verdict}, and the question is queued for tonight. {outcome.note}".rstrip()
+    if outcome.became in _QUEUED:
+        return f"{TAKEN}: {verdict}, and the question is queued for tonight. {outcome.note}".rstrip()
+    return f"{TAKEN}: recorded, {verdict}. {outcome.note}".rstrip()

@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from online_rl.verifiers import exact, f1, math_answer, no_tool, numeric
 from online_rl.verifiers.base import RIGHT, Score, ValidationReport, Verifier
+from online_rl.verifiers.gold_key import gold_key
 
-__all__ = ["RIGHT", "BadGold", "Score", "UnknownVerifier", "ValidationReport", "Verifier", "check_gold", "get", "names"]
+__all__ = [
+    "RIGHT",
+    "BadGold",
+    "Score",
+    "UnknownVerifier",
+    "ValidationReport",
+    "Verifier",
+    "check_gold",
+    "get",
+    "gold_key",
+    "names",
+]
 
 _VERIFIERS: dict[str, Verifier] = {
     module.VERIFIER.name: module.VERIFIER for module in (exact, f1, math_answer, no_tool, numeric)

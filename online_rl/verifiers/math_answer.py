@@ -25,12 +25,12 @@ def judge(gold: str, answer: str, _tool_calls: int = 0) -> Score:
     The expression is what is boxed, else the one formula in dollars, else what follows "the answer is", else all of
     it. Several different boxed expressions, or several joined by "or", are a list and wrong.
     """
-    if not _bare(gold):
+    if not bare(gold):
         return Score(0.0, "the gold is empty")
     said = _committed(answer)
     if isinstance(said, Score):
         return said
-    if _bare(said) == _bare(gold):
+    if bare(said) == bare(gold):
         return Score(1.0, "the gold itself")
     if read_number(gold).value is not None and not _SYMBOLIC.search(gold):
         score = numeric.judge(gold, said)
@@ -85,7 +85,7 @@ def _formula(text: str) -> str:
     return text.strip().strip("$").strip().removesuffix(".").strip()
 
 
-def _bare(text: str) -> str:
+def bare(text: str) -> str:
     """Without dollars, text commands, spaces, case and closing dot: equal where only the typesetting differs."""
     return re.sub(r"\s+|[$]", "", _TEXT.sub(r"\1", text)).casefold().removesuffix(".")
 

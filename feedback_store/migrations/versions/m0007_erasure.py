@@ -76,7 +76,8 @@ def upgrade() -> None:
         for statement in _SQLITE_INDEX:
             op.execute(statement)
     else:
-        op.execute("CREATE INDEX search_index ON search_texts USING gin (to_tsvector('simple', text))")
+        plain = "regexp_replace(normalize(text, NFKD), '[\u0300-\u036f]', '', 'g')"
+        op.execute(f"CREATE INDEX search_index ON search_texts USING gin (to_tsvector('simple', {plain}))")
     _index_turns(connection)
 
 
