@@ -31,35 +31,47 @@ def train(
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of the recipe's.")] = None,
     minutes: Annotated[float | None, typer.Option(min=0.1, help="Stop training after so many minutes.")] = None,
     practice: Annotated[int, typer.Option(min=0, help="Generated tasks of each kind that fill up a short queue.")] = 96,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe's plan, and train nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Learn from the queue: train the version in service, test the result, and put it in service if it is better.
 
     Interrupt it at any time; the same command goes on where it was.
     """
+    overrides: dict[str, object] = {}
+    if steps is not None:
+        overrides["max_steps"] = steps
+    if minutes is not None:
+        overrides["max_minutes"] = minutes
+    if dry_run:
+        from app.commands.plan import show_plan
+
+        show_plan(recipe, overrides, as_json)
+        return
     if not once:
         raise console.fail("only single runs exist so far: add --once. For every night, let cron call it.")
+    from online_rl.recipe import RecipeError, load_recipe
+
+    try:
+        chosen = load_recipe(recipe, **overrides)
+        chosen.check_runnable(recipe)
+    except RecipeError as error:
+        raise console.fail(str(error)) from None
     settings = console.settings()
     _be_nice()
     from app.record import open_store
     from app.tools import open_toolbox, tool_seconds
     from feedback_store import StoreError
     from online_rl.loop import RunOptions, RunRefused, run_once
-    from online_rl.recipe import RecipeError, load_recipe
     from online_rl.tasks.generated import generate
     from serving.engines.base import Sampling
     from serving.versions import install_shipped
 
-    overrides: dict[str, object] = {}
-    if steps is not None:
-        overrides["max_steps"] = steps
-    if minutes is not None:
-        overrides["max_minutes"] = minutes
     try:
         # Practice is new each day, so that a night adds to what the last one taught.
         day = int(time.time() // 86_400)
         options = RunOptions(
-            load_recipe(recipe, **overrides),
+            chosen,
             heldout=[*generate("arithmetic", 60, 0, "heldout"), *generate("lookup", 60, 0, "heldout"),
                      *generate("plain", 20, 0, "heldout")],
             practice=_alternate(*(generate(kind, practice, day, "train") for kind in ("arithmetic", "lookup"))),
@@ -78,7 +90,7 @@ def train(
     except KeyboardInterrupt:
         console.err.print("Interrupted. Nothing is lost: the same command goes on where it was.")
         raise typer.Exit(130) from None
-    except (RecipeError, RunRefused, StoreError, OSError, RuntimeError, ValueError) as error:
+    except (RunRefused, StoreError, OSError, RuntimeError, ValueError) as error:
         raise console.fail(f"{error}\nThe version in service is unchanged; the same command tries again.") from None
     if as_json:
         console.print_json(result.report)
