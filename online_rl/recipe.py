@@ -177,7 +177,8 @@ def _find(name_or_path: str | Path) -> Path:
 def _explain(loc: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
     key = ".".join(map(str, loc))
     if kind == "extra_forbidden":
-        where = {"setup": Setup, "assumptions": Assumptions}.get(str(loc[0])) if len(loc) > 1 else Recipe
-        near = difflib.get_close_matches(str(loc[-1]), (where or Recipe).model_fields, n=1, cutoff=0.0)
+        part: dict[str, type[BaseModel]] = {"setup": Setup, "assumptions": Assumptions}
+        model = part.get(str(loc[0]), Recipe) if len(loc) > 1 else Recipe
+        near = difflib.get_close_matches(str(loc[-1]), model.model_fields, n=1, cutoff=0.0)
         return f"unknown key {key!r}; the nearest known one is {near[0]!r}"
     return f"{key} = {value!r}: {message}" if key else message
