@@ -197,7 +197,7 @@ GOOD = '{"question": "1?", "answer": "1", "verifier": "numeric"}'
         ('{"question": " ", "answer": "1", "verifier": "numeric"}', "line 2: 'question' must be text and not empty"),
         ('{"question": "2?", "verifier": "numeric"}', "line 2: 'answer' must be text or a number, not NoneType"),
         ('{"question": "2?", "answer": true, "verifier": "numeric"}', "line 2: 'answer' must be text or a number"),
-        ('{"question": "2?", "answer": "1"}', "line 2: 'verifier' must be one of exact, f1"),
+        ('{"question": "2?", "answer": "1"}', "line 2: 'verifier' must be one of approximate, em, exact, f1"),
         (
             '{"question": "2?", "answer": "1", "verifier": "maths"}',
             "line 2: 'verifier' is wrong: unknown verifier 'maths'",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from online_rl.verifiers import exact, f1, math_answer, no_tool, numeric
+from online_rl.verifiers import approximate, em, exact, f1, math_answer, no_tool, numeric
 from online_rl.verifiers.base import RIGHT, Score, ValidationReport, Verifier
 
 __all__ = ["RIGHT", "BadGold", "Score", "UnknownVerifier", "ValidationReport", "Verifier", "check_gold", "get", "names"]
 
 _VERIFIERS: dict[str, Verifier] = {
-    module.VERIFIER.name: module.VERIFIER for module in (exact, f1, math_answer, no_tool, numeric)
+    module.VERIFIER.name: module.VERIFIER for module in (approximate, em, exact, f1, math_answer, no_tool, numeric)
 }
 
 
