@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from app.commands import ask, doctor, index, keys, learn, record, serve, tasks
+from app.commands import ask, doctor, evaluate, index, keys, learn, record, serve, tasks
 
 app = typer.Typer(
     help="A chat agent that gets better overnight from its own verified conversations.",
@@ -20,7 +20,7 @@ app.command()(record.runs)
 app.add_typer(record.data, name="data")
 app.command()(learn.train)
 app.command()(learn.warmup)
-app.command("eval")(learn.evaluate)
+app.command("eval")(evaluate.evaluate)
 app.add_typer(tasks.tasks, name="tasks")
 app.add_typer(index.index, name="index")
 app.add_typer(keys.keys, name="keys")
