@@ -148,7 +148,8 @@ def _tell(told: dict[str, Any], measured: dict[str, list[Item]], html: Path | No
     from online_rl.measures import differences, slices
 
     rows = {version: slices(items) for version, items in measured.items()}
-    compared = differences(*measured.values()) if len(measured) == 2 else []
+    both = list(measured.values())
+    compared = differences(both[0], both[1]) if len(both) == 2 else []
     if html is not None:
         try:
             html.write_text(page(f"Evaluation of {' and '.join(measured)}", told, measured, compared), encoding="utf-8")
@@ -176,9 +177,9 @@ def _tell(told: dict[str, Any], measured: dict[str, list[Item]], html: Path | No
             "",
         )  # fmt: skip
     if compared:
-        before, after = measured
-        columns = ["kind", "n", before, after, "difference (95 %)", "p"]
-        console.table(f"{after} against {before}", columns, [difference_cells(row) for row in compared], "")
+        old, new = measured
+        columns = ["kind", "n", old, new, "difference (95 %)", "p"]
+        console.table(f"{new} against {old}", columns, [difference_cells(row) for row in compared], "")
     if html is not None:
         console.out.print(f"Page: {html}", style="dim", soft_wrap=True)
 

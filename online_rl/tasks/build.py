@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def build(
     name: str,
     makeup: dict[str, int],
     read: Callable[[str], Iterable[Task]],
-    evaluation: dict[str, Sequence[Task]],
+    evaluation: Mapping[str, Sequence[Task]],
     seed: int = 0,
     missing: dict[str, str] | None = None,
     on_part: Callable[[str, int], None] = lambda part, kept: None,
