@@ -17,7 +17,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 table { border-collapse: collapse; width: 100%; font-size: .88rem } th { text-align: left; font-weight: 600 }
 th, td { padding: .3rem .5rem; border-bottom: 1px solid #d8dde1; vertical-align: top }
-td.n { text-align: right; white-space: nowrap } td.text { overflow-wrap: anywhere } .right { color: #1a7f37 }
+.n { text-align: right } td.n { white-space: nowrap } td.text { overflow-wrap: anywhere } .right { color: #1a7f37 }
 .wrong { color: #b42318 } img { max-width: 100% } .note { color: #5a6570; font-size: .88rem }
 """
 Measured = Mapping[str, Sequence[Item]]  # by version, one or two
@@ -75,7 +75,7 @@ def _maybe(value: float | None, form: str) -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    head = "".join(f"<th{' class=n' if i else ''}>{escape(column)}</th>" for i, column in enumerate(columns))
     body = "".join(
         "<tr>" + "".join(f"<td{' class=n' if i else ''}>{escape(cell)}</td>" for i, cell in enumerate(row)) + "</tr>"
         for row in rows
