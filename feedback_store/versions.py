@@ -14,8 +14,11 @@ from sqlalchemy import Connection, Row, func, insert, select, update
 
 from feedback_store.database import Database
 from feedback_store.errors import InvalidRecord, NotFound
+from feedback_store.postgres import Lock, hold
 from feedback_store.records import Canary, InService, Version, VersionChange, VersionStatus
 from feedback_store.schema import canary_changes, conversations, runs, version_changes, versions
+
+_LONGEST_ID = 100
 
 
 def _version(row: Row[Any]) -> Version:
@@ -26,7 +29,7 @@ def _last_change(connection: Connection) -> Row[Any] | None:
     return connection.execute(select(version_changes).order_by(version_changes.c.id.desc()).limit(1)).first()
 
 
-def _current(connection: Connection) -> str | None:
+def current_version_of(connection: Connection) -> str | None:
     last = _last_change(connection)
     return None if last is None else last.version_id
 
@@ -39,7 +42,7 @@ def _canary(connection: Connection) -> Canary | None:
         .order_by(canary_changes.c.id.desc())
         .limit(1)
     ).first()
-    if row is None or not row.share or row.status != "published" or row.version_id == _current(connection):
+    if row is None or not row.share or row.status != "published" or row.version_id == current_version_of(connection):
         return None
     return Canary(row.version_id, row.share)
 
@@ -86,12 +89,13 @@ class Versions(Database):
     ) -> None:
         """Registers an immutable version; `parent` must be registered. `run_id` defaults to the manifest's."""
         _check_status(status)
-        if not id:
-            raise InvalidRecord("A version needs an id.")
+        if not id or len(id) > _LONGEST_ID:
+            raise InvalidRecord(f"A version's id has 1 to {_LONGEST_ID} characters, not {len(id)}.")
         named = manifest.get("run_id")
         made_by = run_id or (named if isinstance(named, str) and named else None)
         now = self._now()
         with self._write() as connection:
+            hold(connection, Lock.VERSIONS)
             if connection.execute(select(versions.c.id).where(versions.c.id == id)).first() is not None:
                 raise InvalidRecord(f"There is a version {id!r} already, and versions are immutable; choose a new id.")
             if parent is not None:
@@ -130,8 +134,9 @@ class Versions(Database):
     def set_version_status(self, id: str, status: VersionStatus) -> None:
         _check_status(status)
         with self._write() as connection:
+            hold(connection, Lock.VERSIONS)
             _status_of(connection, id)
-            if status != "published" and _current(connection) == id:
+            if status != "published" and current_version_of(connection) == id:
                 raise InvalidRecord(f"Version {id!r} is in service; make another one current before it is {status}.")
             connection.execute(
                 update(versions).where(versions.c.id == id).values(status=status, updated_at=self._now())
@@ -145,10 +150,11 @@ class Versions(Database):
         Returns how many there are.
         """
         with self._write() as connection:
+            hold(connection, Lock.VERSIONS)
             status = _status_of(connection, id)
             if status != "published":
                 raise InvalidRecord(f"Version {id!r} is {status}; only a published version can serve.")
-            previous, canary = _current(connection), _canary(connection)
+            previous, canary = current_version_of(connection), _canary(connection)
             if previous != id:
                 connection.execute(
                     insert(version_changes).values(version_id=id, previous=previous, reason=reason, at=self._now())
@@ -164,7 +170,7 @@ class Versions(Database):
 
     def current_version(self) -> str | None:
         with self._read() as connection:
-            return _current(connection)
+            return current_version_of(connection)
 
     def version_changes(self, limit: int = 100) -> list[VersionChange]:
         """What served when and why, the newest change first."""
@@ -183,12 +189,13 @@ class Versions(Database):
         if move_conversations and share:
             raise InvalidRecord("Conversations are moved away from a canary when it ends, with share 0.")
         with self._write() as connection:
+            hold(connection, Lock.VERSIONS)
             status = _status_of(connection, id)
             canary = _canary(connection)
             if share:
                 if status != "published":
                     raise InvalidRecord(f"Version {id!r} is {status}; only a published version can be tried.")
-                if _current(connection) == id:
+                if current_version_of(connection) == id:
                     raise InvalidRecord(f"Version {id!r} is in service already; a canary is another version.")
                 if canary != Canary(id, share):
                     self._record_canary(connection, id, share, reason)
@@ -197,7 +204,7 @@ class Versions(Database):
                 raise InvalidRecord(f"Version {id!r} isn't on trial; {canary.version!r} is.")
             if canary is not None:
                 self._record_canary(connection, id, 0.0, reason)
-            if not move_conversations or _current(connection) == id:
+            if not move_conversations or current_version_of(connection) == id:
                 return 0
             on_it = conversations.c.version == id
             return connection.execute(update(conversations).where(on_it).values(version=None)).rowcount
@@ -222,7 +229,7 @@ class Versions(Database):
                         versions.c.status == "published",
                     )
                 ).scalar()
-            return InService(_current(connection), _canary(connection), kept)
+            return InService(current_version_of(connection), _canary(connection), kept)
 
     def conversations_on(self, idle_seconds: float) -> dict[str, int]:
         """How many conversations that aren't idle stay on each version; versions without any are left out."""

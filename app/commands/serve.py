@@ -45,13 +45,14 @@ async def _run(settings: Settings) -> None:
         async with running_service(settings, lambda stage: status.update(f"{stage} …")) as service:
             status.update("Opening the chat …")
             from app.api.app import create_app
+            from app.retention import tidying
             from app.web.app import create_web
 
             apps = {settings.api_port: create_app(service, settings), settings.web_port: create_web(service, settings)}
 
             def ready() -> None:
                 status.stop()
-                console.out.print(_panel(settings, service.router.current))
+                console.out.print(_panel(settings, service.router.current, service.store.where))
 
             def stopping() -> None:
                 left = service.in_flight
@@ -60,10 +61,11 @@ async def _run(settings: Settings) -> None:
                 )
                 console.out.print(f"Stopping.{waiting}", style="dim")
 
-            await serve(apps, settings, ready, stopping)
+            async with tidying(service.store, settings):
+                await serve(apps, settings, ready, stopping)
 
 
-def _panel(settings: Settings, version: str) -> Panel:
+def _panel(settings: Settings, version: str, record: str) -> Panel:
     from app.owners import owner_of
 
     host = settings.display_host
@@ -71,7 +73,7 @@ def _panel(settings: Settings, version: str) -> Panel:
     rows.add_row("Chat", f"[bold link]http://{host}:{settings.web_port}[/]")
     rows.add_row("Endpoint", f"[bold]http://{host}:{settings.api_port}/v1[/]  model [bold]{settings.model_name}[/]")
     rows.add_row("Serving", version)
-    rows.add_row("Record", str(settings.store_path))
+    rows.add_row("Record", record)
     for key in settings.api_keys:
         rows.add_row("Login", f"user [bold]{owner_of(key.get_secret_value().encode())}[/], its API key as the password")
     rows.add_row("", "[dim]Ctrl-C to stop[/]")

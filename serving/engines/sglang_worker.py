@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from serving.engines.base import EngineError, PromptTooLong
+from serving.engines.base import EngineError, PromptTooLong, trace_headers
 
 T = TypeVar("T")
 
@@ -160,7 +160,10 @@ class Worker:
         stack = contextlib.AsyncExitStack()
         async with stack:
             with self._failures():
-                sending = stack.enter_async_context(self._client.stream("POST", "/generate", json=body))
+                traced = trace_headers.get()
+                sending = stack.enter_async_context(
+                    self._client.stream("POST", "/generate", json=body, headers=dict(traced or {}))
+                )
                 response = await self._soon(sending)
                 if response.status_code != 200:
                     raise self._refusal(response.status_code, (await self._soon(response.aread())).decode("utf8"))
