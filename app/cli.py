@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from app.commands import ask, conversations, data, doctor, index, keys, learn, queue, record, serve
+from app.commands import ask, conversations, data, doctor, evaluate, index, keys, learn, queue, record, serve, tasks
 
 app = typer.Typer(
     help="A chat agent that gets better overnight from its own verified conversations.",
@@ -21,7 +21,8 @@ app.add_typer(conversations.conversations, name="conversations")
 app.add_typer(data.data, name="data")
 app.command()(learn.train)
 app.command()(learn.warmup)
-app.command("eval")(learn.evaluate)
+app.command("eval")(evaluate.evaluate)
+app.add_typer(tasks.tasks, name="tasks")
 app.add_typer(index.index, name="index")
 app.add_typer(keys.keys, name="keys")
 app.command()(doctor.doctor)

@@ -13,8 +13,11 @@ from typing import Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from online_rl.setup import UNBUILT, Assumptions, Setup, needs
+
 RECIPES = Path(__file__).parent / "recipes"
 ToolResults = Literal["live", "recorded_first", "recorded"]
+_NAMES = tuple(UNBUILT)
 
 
 class RecipeError(ValueError):
@@ -68,6 +71,13 @@ class Recipe(BaseModel):
     save_steps: int = Field(10, ge=1)
     keep_checkpoints: int = Field(2, ge=2, description="two at least: one must be whole while the next is written")
 
+    # -- the machines; None: the embedded model on this machine's CPU
+    setup: Setup | None = None
+    assumptions: Assumptions = Field(
+        default_factory=lambda: Assumptions.model_validate({}), exclude=True, description="of a plan's hours"
+    )
+    requires: tuple[str, ...] = Field((), exclude=True, description="what this recipe needs that isn't built yet")
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.overlong_buffer >= self.max_response_tokens:
@@ -75,7 +85,32 @@ class Recipe(BaseModel):
                 f"overlong_buffer ({self.overlong_buffer}) must be below max_response_tokens "
                 f"({self.max_response_tokens}): it is the last part of it"
             )
+        if unknown := sorted(set(self.requires) - set(_NAMES)):
+            raise ValueError(f"requires names {unknown[0]!r}, which is none of {', '.join(_NAMES)}")
+        if self.setup is not None:
+            missing = needs(self.setup, self.max_response_tokens)
+            if unsaid := sorted(missing - set(self.requires)):
+                raise ValueError(
+                    f"setup needs {', '.join(unsaid)}, which this build hasn't: add it to requires, so that the recipe "
+                    f"can be planned, or change setup ({UNBUILT[unsaid[0]]})"
+                )
+            mini = self.setup.mini_batch_groups
+            if mini is not None and self.groups_per_step % mini:
+                raise ValueError(f"mini_batch_groups ({mini}) must divide groups_per_step ({self.groups_per_step})")
         return self
+
+    @property
+    def missing(self) -> list[str]:
+        """What of `requires` this build hasn't, each as a phrase; a recipe with none of it can run."""
+        return [UNBUILT[name] for name in self.requires if name in UNBUILT]
+
+    def check_runnable(self, name: str) -> None:
+        """Raises RecipeError with all that is missing."""
+        if self.missing:
+            raise RecipeError(
+                f"the recipe {name} can't run with this build, which hasn't: {'; '.join(self.missing)}. "
+                f"`whetstone train --recipe {name} --dry-run` shows its plan; embedded-cpu runs."
+            )
 
     @property
     def rollouts_per_step(self) -> int:
@@ -89,9 +124,17 @@ def recipe_names() -> list[str]:
 def load_recipe(name_or_path: str | Path, **overrides: object) -> Recipe:
     """A recipe of this package by name (`embedded-cpu`) or any YAML file by path; `overrides` replace single keys.
 
+    `extends: NAME` in a file begins with that recipe's keys; those of `setup` and `assumptions` are replaced singly.
     Raises RecipeError: no such recipe, not YAML, an unknown key (named, with the nearest known one), a bad value.
     """
     path = _find(name_or_path)
+    return make_recipe(_content(path, ()) | overrides, source=str(path))
+
+
+def _content(path: Path, below: tuple[Path, ...]) -> dict[str, object]:
+    """The keys of a file, over those of the recipe that it extends."""
+    if path.resolve() in below:
+        raise RecipeError(f"recipe {path} extends itself")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -100,7 +143,14 @@ def load_recipe(name_or_path: str | Path, **overrides: object) -> Recipe:
         content = {}
     if not isinstance(content, dict):
         raise RecipeError(f"recipe {path} must be a mapping of keys to values, not a {type(content).__name__}")
-    return make_recipe(content | overrides, source=str(path))
+    parent = content.pop("extends", None)
+    if parent is None:
+        return content
+    base = _content(_find(str(parent)), (*below, path.resolve()))
+    for key in ("setup", "assumptions"):
+        if isinstance(base.get(key), dict) and isinstance(content.get(key), dict):
+            content[key] = {**base[key], **content[key]}  # type: ignore[dict-item]
+    return base | content
 
 
 def make_recipe(values: dict[str, object], source: str = "recipe") -> Recipe:
@@ -127,6 +177,8 @@ def _find(name_or_path: str | Path) -> Path:
 def _explain(loc: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
     key = ".".join(map(str, loc))
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(key, Recipe.model_fields, n=1, cutoff=0.0)
+        part: dict[str, type[BaseModel]] = {"setup": Setup, "assumptions": Assumptions}
+        model = part.get(str(loc[0]), Recipe) if len(loc) > 1 else Recipe
+        near = difflib.get_close_matches(str(loc[-1]), model.model_fields, n=1, cutoff=0.0)
         return f"unknown key {key!r}; the nearest known one is {near[0]!r}"
     return f"{key} = {value!r}: {message}" if key else message

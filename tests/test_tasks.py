@@ -19,7 +19,9 @@ from tools.search.corpus import documents
 
 DATA = Path(__file__).parent / "data"
 FULL_GSM8K = Path(__file__).parents[1].parent / "shared" / "data" / "gsm8k"
-SIZES = {"arithmetic": (600, 300), "lookup": (600, 300), "mixed": (400, 200), "plain": (130, 25)}
+SIZES = {"arithmetic": (600, 300), "lookup": (600, 300), "mixed": (400, 200), "plain": (130, 25)} | dict.fromkeys(
+    ("digits", "units", "dates", "two_hop", "mental"), (300, 90)
+)
 
 
 def gsm8k_tasks() -> list[Task]:
@@ -131,13 +133,13 @@ def test_every_generated_task_can_be_answered_right():
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(ValueError, match="unknown task kind 'sums': choose one of arithmetic, lookup, mixed, plain"):
+    with pytest.raises(ValueError, match="unknown task kind 'sums': choose one of arithmetic, lookup, mixed, plain, d"):
         generate("sums", 1, 0, "train")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown split 'test'"):
         generate("plain", 1, 0, "test")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="unknown arithmetic level 4"):
+    with pytest.raises(ValueError, match="unknown level 4 of 'arithmetic' tasks, whose levels are: 1, 2, 3"):
         generate("arithmetic", 1, 0, "train", level=4)
-    with pytest.raises(ValueError, match="only arithmetic has levels"):
+    with pytest.raises(ValueError, match="unknown level 1 of 'plain' tasks, whose levels are: none"):
         generate("plain", 1, 0, "train", level=1)
     with pytest.raises(ValueError, match="distinct 'plain' tasks in split 'heldout', 5000 were asked for"):
         generate("plain", 5000, 0, "heldout")
@@ -195,7 +197,7 @@ GOOD = '{"question": "1?", "answer": "1", "verifier": "numeric"}'
         ('{"question": " ", "answer": "1", "verifier": "numeric"}', "line 2: 'question' must be text and not empty"),
         ('{"question": "2?", "verifier": "numeric"}', "line 2: 'answer' must be text or a number, not NoneType"),
         ('{"question": "2?", "answer": true, "verifier": "numeric"}', "line 2: 'answer' must be text or a number"),
-        ('{"question": "2?", "answer": "1"}', "line 2: 'verifier' must be one of exact, f1"),
+        ('{"question": "2?", "answer": "1"}', "line 2: 'verifier' must be one of approximate, em, exact, f1"),
         (
             '{"question": "2?", "answer": "1", "verifier": "maths"}',
             "line 2: 'verifier' is wrong: unknown verifier 'maths'",

@@ -22,13 +22,13 @@ def judge(name: str, gold: str, answer: str, **more: int) -> float:
 
 
 def test_every_verifier_is_found_by_name():
-    assert verifiers.names() == ["exact", "f1", "math", "no_tool", "numeric"]
+    assert verifiers.names() == ["approximate", "em", "exact", "f1", "math", "no_tool", "numeric"]
     for name in verifiers.names():
         assert verifiers.get(name).name == name
 
 
 def test_an_unknown_verifier_is_named_with_the_known_ones():
-    with pytest.raises(verifiers.UnknownVerifier, match=r"'maths': choose one of exact, f1, math, no_tool, numeric"):
+    with pytest.raises(verifiers.UnknownVerifier, match=r"'maths': choose one of approximate, em, exact, f1, math, no"):
         verifiers.get("maths")
 
 

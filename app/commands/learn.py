@@ -1,12 +1,10 @@
-"""The learning commands: `warmup` makes a first version, `train` the next ones, `eval` measures one."""
+"""The learning commands: `warmup` makes a first version, `train` the next ones."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,15 +12,13 @@ import typer
 
 from app.commands import console
 from app.commands.console import AsJson
+from app.commands.progress import bars
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from app.settings import Settings
     from serving.model import BaseModel
-    from tools.toolbox import Toolbox
-
-_LABELS = {"rollouts": "  rollouts", "train": "training", "evaluate": "evaluating"}
 
 
 def train(
@@ -31,14 +27,32 @@ def train(
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of the recipe's.")] = None,
     minutes: Annotated[float | None, typer.Option(min=0.1, help="Stop training after so many minutes.")] = None,
     practice: Annotated[int, typer.Option(min=0, help="Generated tasks of each kind that fill up a short queue.")] = 96,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe's plan, and train nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Learn from the queue: train the version in service, test the result, and put it in service if it is better.
 
     Interrupt it at any time; the same command goes on where it was.
     """
+    overrides: dict[str, object] = {}
+    if steps is not None:
+        overrides["max_steps"] = steps
+    if minutes is not None:
+        overrides["max_minutes"] = minutes
+    if dry_run:
+        from app.commands.plan import show_plan
+
+        show_plan(recipe, overrides, as_json)
+        return
     if not once:
         raise console.fail("only single runs exist so far: add --once. For every night, let cron call it.")
+    from online_rl.recipe import RecipeError, load_recipe
+
+    try:
+        chosen = load_recipe(recipe, **overrides)
+        chosen.check_runnable(recipe)
+    except RecipeError as error:
+        raise console.fail(str(error)) from None
     settings = console.settings()
     _be_nice()
     from app.record import guards, open_store
@@ -46,21 +60,15 @@ def train(
     from app.tools import open_toolbox, tool_seconds
     from feedback_store import StoreError
     from online_rl.loop import RunOptions, RunRefused, run_once
-    from online_rl.recipe import RecipeError, load_recipe
     from online_rl.tasks.generated import generate
     from serving.engines.base import Sampling
     from serving.versions import install_shipped
 
-    overrides: dict[str, object] = {}
-    if steps is not None:
-        overrides["max_steps"] = steps
-    if minutes is not None:
-        overrides["max_minutes"] = minutes
     try:
         # Practice is new each day, so that a night adds to what the last one taught.
         day = int(time.time() // 86_400)
         options = RunOptions(
-            load_recipe(recipe, **overrides),
+            chosen,
             heldout=[*generate("arithmetic", 60, 0, "heldout"), *generate("lookup", 60, 0, "heldout"),
                      *generate("plain", 20, 0, "heldout")],
             practice=_alternate(*(generate(kind, practice, day, "train") for kind in ("arithmetic", "lookup"))),
@@ -71,7 +79,7 @@ def train(
             tool_seconds=tool_seconds(settings),
             redact=redactor() if settings.redact_training else None,
         )  # fmt: skip
-        with _bars() as listen, open_store(settings) as store:
+        with bars() as listen, open_store(settings) as store:
             base = _base(settings, listen)
             install_shipped(store, settings.home)
             # What the bundled corpus knows, it answers: practice is judged by it. The web is asked for the rest.
@@ -81,7 +89,7 @@ def train(
     except KeyboardInterrupt:
         console.err.print("Interrupted. Nothing is lost: the same command goes on where it was.")
         raise typer.Exit(130) from None
-    except (RecipeError, RunRefused, StoreError, OSError, RuntimeError, ValueError) as error:
+    except (RunRefused, StoreError, OSError, RuntimeError, ValueError) as error:
         raise console.fail(f"{error}\nThe version in service is unchanged; the same command tries again.") from None
     if as_json:
         console.print_json(result.report)
@@ -109,7 +117,7 @@ def warmup(
     if out.exists():
         raise console.fail(f"{out} exists already: give another --out.")
     try:
-        with _bars() as listen:
+        with bars() as listen:
             base = _base(settings, listen)
             folder = out.expanduser().absolute()
             work = settings.home / "warmup"
@@ -123,94 +131,6 @@ def warmup(
     except (OSError, RuntimeError, ValueError) as error:
         raise console.fail(str(error)) from None
     console.out.print(f"[bold green]{manifest.id}[/] is in {folder}", soft_wrap=True)
-
-
-def evaluate(
-    version: Annotated[str | None, typer.Argument(help="A version's id; default: the one in service.")] = None,
-    items: Annotated[int, typer.Option(min=1, help="Held-out tasks of each kind.")] = 50,
-    kind: Annotated[list[str] | None, typer.Option(help="arithmetic, lookup, mixed or plain; repeat for more.")] = None,
-    temperature: Annotated[float | None, typer.Option(min=0, max=2, help="Default: the one in service.")] = None,
-    replay: Annotated[str | None, typer.Option(metavar="RUN", help="On this run's tool results alone.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure a version on held-out generated tasks, with the agent and the tools that serve."""
-    import asyncio
-
-    settings = console.settings()
-    from app.record import open_store
-    from app.tools import open_toolbox, tool_seconds
-    from feedback_store import NotFound, StoreError
-    from online_rl.evaluation import Recorded
-    from online_rl.evaluation import evaluate as measure
-    from online_rl.gate import behaviour, wilson
-    from online_rl.result_record import EVALUATION, DamagedResults, ResultRecord
-    from online_rl.tasks.generated import KINDS, generate
-    from serving.agent import Agent, Limits
-    from serving.dialects import make_dialect
-    from serving.engines.base import EngineError, Sampling
-    from serving.engines.llamacpp import LlamaCppEngine
-    from serving.versions import install_shipped
-
-    kinds = [name for name in KINDS if not kind or name in kind]
-    if unknown := sorted(set(kind or []) - set(KINDS)):
-        raise console.fail(f"unknown kind {unknown[0]!r}: choose from {', '.join(KINDS)}.")
-    chosen = settings.temperature if temperature is None else temperature
-
-    async def go(
-        base: BaseModel, toolbox: Toolbox, version: str, path: Path, listen: Callable[[str, int, int, str], None]
-    ) -> Any:
-        engine = LlamaCppEngine(base, slots=16, context=1536)
-        limits = Limits(settings.max_turns, settings.observation_tokens, tool_seconds(settings))
-        agent = Agent(engine, make_dialect(settings.dialect, base.tokenizer), toolbox, limits)
-        call = None if seen is None else Recorded(agent.run_tool, seen, "recorded")
-        await engine.load(version, path)
-        try:
-            return await measure(
-                tasks, agent, version, Sampling(chosen, max_tokens=256, seed=1), call,
-                on_item=lambda done, of: listen("evaluate", done, of, version),
-            )  # fmt: skip
-        finally:
-            if call is not None and call.misses:
-                console.err.print(f"{call.misses} tool calls had no result in {replay}: the model was told so.")
-            await engine.close()
-
-    try:
-        seen = ResultRecord(settings.home / "runs" / replay / EVALUATION, write=False) if replay else None
-        tasks = [
-            task
-            for name in kinds
-            for task in generate(name, min(items, 20) if name == "plain" else items, 0, "heldout")
-        ]  # type: ignore[arg-type]
-        with _bars() as listen, open_store(settings) as store:
-            base = _base(settings, listen)
-            install_shipped(store, settings.home)
-            name = version or store.current_version() or "v0"
-            with open_toolbox(settings, ("local",), only=settings.training_tools) as toolbox:
-                results, _ = asyncio.run(go(base, toolbox, name, Path(store.version(name).path), listen))
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    except (NotFound, StoreError, EngineError, DamagedResults, OSError, ValueError) as error:
-        raise console.fail(str(error)) from None
-    rows = []
-    for slice_ in ["overall", *kinds]:
-        of = [r for r in results if slice_ in ("overall", r.kind)]
-        right = sum(r.correct for r in of)
-        low, high = wilson(right, len(of), 0.95)
-        rows.append({"kind": slice_, "n": len(of), "accuracy": right / len(of), "interval": [low, high]}
-                    | asdict(behaviour(of)))  # fmt: skip
-    if as_json:
-        console.print_json({"version": name, "temperature": chosen, "slices": rows})
-        return
-    console.table(
-        f"{name} at temperature {chosen:g}",
-        ["kind", "n", "accuracy (95 % interval)", "calls per answer", "errors per call", "well-formed"],
-        [
-            [r["kind"], r["n"], f"{r['accuracy']:.1%} ({r['interval'][0]:.1%} to {r['interval'][1]:.1%})",
-             f"{r['calls_per_answer']:.2f}", f"{r['error_rate']:.1%}", f"{r['well_formed']:.1%}"]
-            for r in rows
-        ],
-        "Nothing was measured.",
-    )  # fmt: skip
 
 
 def _alternate(*lists: list[Any]) -> list[Any]:
@@ -229,25 +149,6 @@ def _gate_table(gate: dict[str, Any]) -> None:
         ],
         "",
     )  # fmt: skip
-
-
-@contextmanager
-def _bars() -> Iterator[Callable[[str, int, int, str], None]]:
-    """A listener that shows each stage as a bar with its rate and time left."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description:<16}"), BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn(),
-               TextColumn("{task.fields[note]}", style="dim"))  # fmt: skip
-    with Progress(*columns, console=console.err) as progress:
-        bars: dict[str, Any] = {}
-
-        def listen(stage: str, done: int, of: int, note: str) -> None:
-            key = f"{stage} {note}" if stage == "evaluate" else stage
-            if key not in bars:
-                bars[key] = progress.add_task(_LABELS.get(stage, stage), total=of or None, note=note)
-            progress.update(bars[key], completed=done, total=of or None, note=note)
-
-        yield listen
 
 
 def _base(settings: Settings, listen: Callable[[str, int, int, str], None]) -> BaseModel:

@@ -3,21 +3,24 @@
     {"question": "What is 2 * 21?", "answer": "42", "verifier": "numeric", "kind": "sums"}
     {"messages": [{"role": "user", "content": "Capital of Estonia?"}], "answer": "Tallinn", "verifier": "exact"}
 
-`kind` (default "user") is the slice that reports group by. Blank lines are skipped.
+`kind` (default "user") is the slice that reports group by. With the verifier `em`, `answer` is a list of right answers.
+`source` and `meta` are what `whetstone tasks build` adds. Blank lines are skipped.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from online_rl import verifiers
 from online_rl.tasks.base import Task
+from online_rl.verifiers import em
 
 ROLES = ("system", "user", "assistant")
-_FIELDS = {"question", "messages", "answer", "verifier", "kind"}
+_FIELDS = {"question", "messages", "answer", "verifier", "kind", "source", "meta"}
 
 
 class TaskFileError(ValueError):
@@ -83,6 +86,8 @@ def _task(path: Path, line: int, row: dict[str, Any]) -> Task:
     except verifiers.UnknownVerifier as error:
         raise fail("verifier", f"is wrong: {error}") from error
     gold = row.get("answer")
+    if name == "em" and isinstance(gold, list) and all(isinstance(text, str) for text in gold):
+        gold = em.gold_of(gold)
     if isinstance(gold, (int, float)) and not isinstance(gold, bool):
         gold = repr(gold)
     if not isinstance(gold, str):
@@ -93,7 +98,27 @@ def _task(path: Path, line: int, row: dict[str, Any]) -> Task:
     kind = row.get("kind", "user")
     if not isinstance(kind, str) or not kind.strip():
         raise fail("kind", "must be text")
-    return Task(messages, name, gold, kind.strip(), source=path.name)
+    source, meta = row.get("source", path.name), row.get("meta", {})
+    if not isinstance(source, str):
+        raise fail("source", "must be text")
+    if not isinstance(meta, dict) or not all(isinstance(value, str) for value in meta.values()):
+        raise fail("meta", "must be an object of texts")
+    return Task(messages, name, gold, kind.strip(), source, meta)
+
+
+def write(path: Path, tasks: Iterable[Task]) -> None:
+    """A file that `load` reads, whole or not at all."""
+    draft = path.with_name(f".{path.name}.part")
+    with draft.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(as_row(task), ensure_ascii=False) + "\n" for task in tasks)
+    os.replace(draft, path)
+
+
+def as_row(task: Task) -> dict[str, Any]:
+    """A task as a line of a file that `load` reads."""
+    asked = {"question": task.question} if len(task.messages) == 1 else {"messages": list(task.messages)}
+    row = {**asked, "answer": task.gold, "verifier": task.verifier, "kind": task.kind, "source": task.source}
+    return row | ({"meta": task.meta} if task.meta else {})
 
 
 def _question(value: Any, fail: Any) -> tuple[dict[str, str], ...]:

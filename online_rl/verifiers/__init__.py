@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from online_rl.verifiers import exact, f1, math_answer, no_tool, numeric
+from online_rl.verifiers import approximate, em, exact, f1, math_answer, no_tool, numeric
 from online_rl.verifiers.base import RIGHT, Score, ValidationReport, Verifier
 from online_rl.verifiers.gold_key import gold_key
 
@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 _VERIFIERS: dict[str, Verifier] = {
-    module.VERIFIER.name: module.VERIFIER for module in (exact, f1, math_answer, no_tool, numeric)
+    module.VERIFIER.name: module.VERIFIER for module in (approximate, em, exact, f1, math_answer, no_tool, numeric)
 }
 
 

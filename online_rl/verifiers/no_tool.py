@@ -19,7 +19,7 @@ def judge(gold: str, answer: str, tool_calls: int = 0) -> Score:
     if tool_calls:
         return Score(0.0, f"{tool_calls} tool calls where none was needed")
     said = words(answer)
-    if not said or len("".join(said)) < 2:
+    if not said or (len("".join(said)) < 2 and not gold.strip()):
         return Score(0.0, "no answer")
     if len(said) > MAX_WORDS:
         return Score(0.0, f"{len(said)} words, more than {MAX_WORDS}")
