@@ -12,8 +12,9 @@ from feedback_store import Store
 from serving.engines.base import Engine, EngineError
 from serving.engines.llamacpp import LlamaCppEngine
 from serving.engines.sglang import SGLangEngine
-from serving.engines.sglang_server import ServerConfig, running_server
+from serving.engines.sglang_server import SGLangConfig
 from serving.engines.sglang_worker import Patience
+from serving.engines.supervised import running_server
 from serving.fresh import install_fresh
 from serving.model import BaseModel, folder_model, prepare_base
 
@@ -45,7 +46,7 @@ async def _open_sglang(settings: Settings, progress: Progress, stack: AsyncExitS
         model = settings.engine_model
         if model is None:
             model = str((await asyncio.to_thread(prepare_base, settings.home, progress)).hf_dir)
-        config = ServerConfig(
+        config = SGLangConfig(
             model,
             settings.home / "logs" / "sglang.log",
             python=str(settings.sglang_python),

@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from online_rl.adapters import load_adapter
 from serving.engines.base import EngineError, GenerateRequest, Sampling
 from serving.engines.sglang import SGLangEngine
-from serving.engines.sglang_server import ServerConfig, running_server
+from serving.engines.sglang_server import SGLangConfig
 from serving.engines.sglang_weights import swap_weights
 from serving.engines.sglang_worker import Patience
+from serving.engines.supervised import running_server
 from serving.manifest import copy_version
 from serving.versions import SHIPPED
 from tests.engine_contract import Bench, EngineContract, collect
@@ -46,7 +47,7 @@ ENV = {"SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "
 
 def config(base, folder, **options):
     flags = options.pop("flags", ())
-    return ServerConfig(
+    return SGLangConfig(
         str(base.hf_dir), folder / "sglang.log", python=PYTHON, context=512, max_loras=3, flags=(*FLAGS, *flags),
         env=ENV, start_seconds=600, **options,
     )  # fmt: skip
@@ -224,10 +225,11 @@ def _kill_an_owner(base, tmp_path):
     program = """
 import asyncio, sys
 from pathlib import Path
-from serving.engines.sglang_server import SGLangServer, ServerConfig
+from serving.engines.sglang_server import SGLangConfig
+from serving.engines.supervised import SupervisedServer
 async def main():
-    config = ServerConfig(sys.argv[1], Path(sys.argv[2]), python=sys.argv[3], flags=tuple(sys.argv[4:]))
-    server = SGLangServer(config)
+    config = SGLangConfig(sys.argv[1], Path(sys.argv[2]), python=sys.argv[3], flags=tuple(sys.argv[4:]))
+    server = SupervisedServer(config)
     await server._spawn()
     print(server.process.pid, flush=True)
     await asyncio.sleep(600)
