@@ -10,10 +10,10 @@ from pathlib import Path
 from app.settings import Settings
 from feedback_store import Store
 from serving.engines.base import Engine, EngineError
+from serving.engines.http_worker import Patience
 from serving.engines.llamacpp import LlamaCppEngine
 from serving.engines.sglang import SGLangEngine
 from serving.engines.sglang_server import SGLangConfig
-from serving.engines.sglang_worker import Patience
 from serving.engines.supervised import running_server
 from serving.fresh import install_fresh
 from serving.model import BaseModel, folder_model, prepare_base

@@ -16,9 +16,9 @@ from app.runtime import running_service
 from app.service import Finished, Question
 from app.settings import Settings, SettingsError, load
 from serving.engines.base import EngineError, GenerateRequest, PromptTooLong, Sampling
+from serving.engines.http_worker import Patience
 from serving.engines.sglang import SGLangEngine
 from serving.engines.sglang_weights import swap_weights
-from serving.engines.sglang_worker import Patience
 from tests.engine_contract import Bench, EngineContract, collect
 from tests.sglang_contract import RecordedSGLang, served
 from tests.tiny_model import save_tiny_model, tiny_policy, tiny_tokenizer

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from online_rl.adapters import load_adapter
 from serving.engines.base import EngineError, GenerateRequest, Sampling
+from serving.engines.http_worker import Patience
 from serving.engines.sglang import SGLangEngine
 from serving.engines.sglang_server import SGLangConfig
 from serving.engines.sglang_weights import swap_weights
-from serving.engines.sglang_worker import Patience
 from serving.engines.supervised import running_server
 from serving.manifest import copy_version
 from serving.versions import SHIPPED

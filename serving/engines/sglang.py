@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from serving.engines.base import EngineError, GenerateRequest, GrammarFailed, PromptTooLong, TokenChunk, UnknownVersion
+from serving.engines.http_worker import AdapterGone, Patience, Refused, WorkerFailed
 from serving.engines.sglang_checks import check_adapter, vocabulary
-from serving.engines.sglang_worker import AdapterGone, Description, Patience, Refused, Worker, WorkerFailed
+from serving.engines.sglang_worker import SGLangDescription, Worker
 from serving.engines.users import Users
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class SGLangEngine:
         self.versions: dict[str, Served] = {}
         self.weights: tuple[str, str] | None = None  # version and folder of full weights that were swapped in
         self.replaced: set[str] = set()  # versions whose weights are gone: answers under way go on with the new ones
-        self.description: Description | None = None
+        self.description: SGLangDescription | None = None
         self.changing = asyncio.Lock()  # one change of versions at a time
         self._keepers: list[asyncio.Task[None]] = []
         self._aborts: set[asyncio.Task[None]] = set()
@@ -69,7 +70,7 @@ class SGLangEngine:
         return self.described.context
 
     @property
-    def described(self) -> Description:
+    def described(self) -> SGLangDescription:
         if self.description is None:
             raise EngineError("The SGLang engine hasn't been started.")
         return self.description
@@ -230,7 +231,7 @@ class SGLangEngine:
         seen, done, label = 0, False, worker.label
         worker.in_flight += 1
         try:
-            async with aclosing(worker.stream(body)) as events:
+            async with aclosing(worker.generate(body)) as events:
                 async for event in events:
                     chunk = _chunk(event, seen, worker)
                     if not seen:
@@ -318,7 +319,7 @@ class SGLangEngine:
         else:
             worker.problem, worker.missed = "", 0
 
-    def _compare(self, worker: Worker, described: Description) -> None:
+    def _compare(self, worker: Worker, described: SGLangDescription) -> None:
         first = self.described
         if (described.model_path, described.context) != (first.model_path, first.context) and self.weights is None:
             raise Refused(
@@ -378,5 +379,5 @@ def _finish(reason: dict[str, Any] | None, worker: Worker) -> Any:
         case "length":
             return "length"
         case "abort":
-            raise worker._refusal(reason.get("status_code") or 400, reason.get("message") or "it was aborted")
+            raise worker.refusal(reason.get("status_code") or 400, reason.get("message") or "it was aborted")
     raise WorkerFailed(f"SGLang at {worker.url} ended for a reason that SGLang 0.5.23 doesn't have: {reason}")

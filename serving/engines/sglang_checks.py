@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from serving.engines.base import EngineError
-from serving.engines.sglang_worker import Description
+from serving.engines.http_worker import Description
 from serving.tensors import Shapes, tensor_shapes
 
 _LORA = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
