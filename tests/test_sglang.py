@@ -10,7 +10,6 @@ import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from app.runtime import running_service
 from app.service import Finished, Question
@@ -20,29 +19,17 @@ from serving.engines.http_worker import Patience
 from serving.engines.sglang import SGLangEngine
 from serving.engines.sglang_weights import swap_weights
 from tests.engine_contract import Bench, EngineContract, collect
-from tests.sglang_contract import RecordedSGLang, served
-from tests.tiny_model import save_tiny_model, tiny_policy, tiny_tokenizer
+from tests.recorded_server import served, tiny_versions
+from tests.sglang_contract import RecordedSGLang
+from tests.tiny_model import tiny_tokenizer
 
 PATIENCE = Patience(connect=5, silence=20, control=20, look=0.1)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A tiny model whose turns end now and then, other weights of it, an adapter, and the models that they make."""
     home = tmp_path_factory.mktemp("tiny")
-    for name, seed in (("base", 1), ("other", 3)):
-        save_tiny_model(home / name, seed)
-        file = home / name / "model.safetensors"
-        weights = load_file(file)
-        weights["model.embed_tokens.weight"][2] *= 2  # tied: the end of turn is drawn more often
-        save_file(weights, file, {"format": "pt"})
-    policy = tiny_policy(1)
-    policy.save_pretrained(str(home / "vx"))
-    base = AutoModelForCausalLM.from_pretrained(str(home / "base"), dtype=torch.float32).eval()
-    from peft import PeftModel
-
-    again = AutoModelForCausalLM.from_pretrained(str(home / "base"), dtype=torch.float32)
-    return home, {"base": base, "vx": PeftModel.from_pretrained(again, str(home / "vx")).eval()}
+    return home, tiny_versions(home)
 
 
 @pytest.fixture

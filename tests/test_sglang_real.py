@@ -28,7 +28,8 @@ from serving.engines.supervised import running_server
 from serving.manifest import copy_version
 from serving.versions import SHIPPED
 from tests.engine_contract import Bench, EngineContract, collect
-from tests.sglang_contract import RecordedSGLang, served
+from tests.recorded_server import served
+from tests.sglang_contract import RecordedSGLang
 from tests.test_sglang_server import group
 from tests.tiny_model import save_tiny_model
 

@@ -103,6 +103,10 @@ class HttpWorker(ABC):
         """One that isn't there is well too."""
 
     @abstractmethod
+    async def probe(self, temperature: float) -> list[float]:
+        """Logprobs of the bare model after a fixed prompt, of the same tokens whatever the temperature."""
+
+    @abstractmethod
     def refusal(self, status: int, text: str) -> EngineError:
         """What an answer of this status means."""
 
