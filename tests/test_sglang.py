@@ -351,7 +351,8 @@ def test_settings_of_an_engine_fit_together():
         ({"engine_urls": "http://a"}, "WHETSTONE_ENGINE"),
         ({"engine": "sglang", "engine_router_url": "http://a"}, "engine_urls"),
         ({"engine": "sglang", "engine_urls": "a:30000"}, "http://"),
-        ({"engine": "vllm"}, "embedded"),
+        ({"engine": "tgi"}, "embedded"),
+        ({"engine": "vllm", "engine_router_url": "http://a"}, "engine_urls"),
     ):
         with pytest.raises(SettingsError, match=told):
             load(**wrong)
