@@ -3,6 +3,7 @@
 # make learn  the proof that it learns, about an hour; results in benchmarks/results
 # make bench-sandbox  what a call of the Python tool costs, ten minutes
 # make test-swap, make bench-swap  swaps of versions under load: the two-minute test, and what they cost
+# make test-litellm   the endpoint by litellm, in an environment of its own; a minute, 400 MB in .venv-litellm
 # make test-sglang    the SGLang engine against SGLang itself, on the CPU; some minutes, 3 GB in .venv-sglang
 # make test-vllm      the vLLM engine against vLLM itself, likewise; 4 GB in .venv-vllm
 # make setup  only the set-up                        make clean              forget it
@@ -17,7 +18,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help run test test-sglang test-vllm learn bench-sandbox test-swap bench-swap lint types setup bubblewrap chromium clean
+.PHONY: help run test test-litellm test-sglang test-vllm learn bench-sandbox test-swap bench-swap lint types setup bubblewrap chromium clean
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -42,6 +43,16 @@ test: setup chromium
 
 test-sglang: setup .venv-sglang/ready
 	@WHETSTONE_SGLANG_PYTHON=$(CURDIR)/.venv-sglang/bin/python $(BIN)/python -m pytest -m sglang tests/test_sglang_real.py
+
+test-litellm: setup .venv-litellm/ready
+	@WHETSTONE_LITELLM_PYTHON=$(CURDIR)/.venv-litellm/bin/python $(BIN)/python -m pytest tests/test_litellm.py
+
+# An environment of its own: litellm wants boto3, and that an older python-dateutil than Whetstone's parts get.
+.venv-litellm/ready:
+	@echo "==> Installing litellm in .venv-litellm (about 70 MB to fetch)"
+	@$(PYTHON) -m venv .venv-litellm
+	@.venv-litellm/bin/python -m pip install --disable-pip-version-check --progress-bar off 'litellm>=1.110,<2' | $(SHORTLY)
+	@touch $@
 
 .venv-sglang/ready:
 	@[ -x "$(SGLANG_CPU)/setup.sh" ] || { echo "Error: $(SGLANG_CPU)/setup.sh isn't there. It makes an environment in which SGLang 0.5.23 runs on a CPU: name its folder with SGLANG_CPU=…, or, where SGLang is installed already, run: WHETSTONE_SGLANG_PYTHON=/its/bin/python $(BIN)/python -m pytest -m sglang tests/test_sglang_real.py" >&2; exit 1; }
@@ -117,4 +128,4 @@ chromium:
 	  command -v chromium >/dev/null || echo "Note: chromium is missing, so the browser tests are skipped. Install it: sudo apt-get install chromium"; }
 
 clean:
-	rm -rf .venv .venv-sglang .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-litellm .venv-sglang .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, get_args
 
@@ -71,6 +71,7 @@ def _turn(row: Row[Any], its_steps: list[StoredStep]) -> Turn:
         created_at=row.created_at,
         finished_at=row.finished_at,
         steps=its_steps,
+        asked=row.asked or {},
     )
 
 
@@ -158,8 +159,10 @@ class Conversations(Database):
         prompt_ids: Sequence[int],
         request_id: str = "",
         stays: bool = False,
+        asked: Mapping[str, Any] | None = None,
     ) -> str:
-        """A running turn. `messages` is the whole prompt, `prompt_ids` its tokens as the engine gets them.
+        """A running turn. `messages` is the whole prompt, `prompt_ids` its tokens as the engine gets them. `asked`: see
+        `Turn`.
 
         `stays`: the conversation's next turns are to keep this turn's version, if it serves (see `versions`).
         """
@@ -175,9 +178,9 @@ class Conversations(Database):
             title, kept = row
             if stays:
                 kept = version if may_keep(connection, version, kept) else None
-            asked = _last_user_message(prompt)
-            if not title and asked and isinstance(asked.get("content"), str):
-                title = " ".join(asked["content"].split())[:80]
+            said = _last_user_message(prompt)
+            if not title and said and isinstance(said.get("content"), str):
+                title = " ".join(said["content"].split())[:80]
             connection.execute(
                 update(conversations)
                 .where(conversations.c.id == conversation_id)
@@ -189,6 +192,7 @@ class Conversations(Database):
                     conversation_id=conversation_id,
                     request_id=request_id,
                     messages=prompt,
+                    asked=dict(asked) if asked else None,
                     prompt_ids=packed,
                     version=version,
                     status="running",

@@ -120,7 +120,11 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Turn:
-    """A user's message and its answer. `messages` is the whole prompt; `steps` is empty in lists of turns."""
+    """A user's message and its answer. `messages` is the whole prompt; `steps` is empty in lists of turns.
+
+    `asked`: what the client asked beside the messages, as far as it must be known again: the names of its own `tools`,
+    and the `response` of the Responses API that the turn is, where it is one.
+    """
 
     id: str
     conversation_id: str
@@ -134,6 +138,7 @@ class Turn:
     created_at: datetime
     finished_at: datetime | None
     steps: list[StoredStep] = field(default_factory=list)
+    asked: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,7 @@ turns = Table(
     Column("conversation_id", String(40), ForeignKey("conversations.id"), nullable=False),
     Column("request_id", CleanText, nullable=False),
     Column("messages", JSON, nullable=False),
+    Column("asked", JSON(none_as_null=True)),  # beside the messages; null: nothing that must be known again
     Column("prompt_ids", LargeBinary, nullable=False),
     Column("version", CleanText, nullable=False),
     Column("status", String(16), nullable=False),

@@ -110,6 +110,27 @@ async def test_runs_are_listed_and_shown(base: BaseModel, store: Store, tmp_path
         assert (await client.get("/v1/admin/runs?limit=0")).status_code == 400
 
 
+async def test_a_version_the_queue_and_the_counts_are_shown(base: BaseModel, store: Store, tmp_path: Path) -> None:
+    run_id = store.start_run("embedded-cpu", {})
+    store.add_version("v4", "v0", "", {"note": "made"}, "candidate", run_id=run_id)
+    async with calling(base, store, tmp_path, admin_open_on_loopback=True) as client:
+        told = (await client.post("/v1/chat/completions", json=TAUGHT)).json()["whetstone"]
+        queue = (await client.get("/v1/admin/queue")).json()
+        assert queue["stats"]["pending"] == 1
+        (task,) = queue["data"]
+        assert (task["id"], task["gold"], task["state"]) == (told["outcome"]["task_id"], "42", "pending")
+        assert task["messages"][-1]["content"] == "What is 6 * 7?"
+        assert (await client.get("/v1/admin/queue?state=done")).json()["data"] == []
+        store.complete(run_id, [claimed.id for claimed in store.claim(run_id, 1)])
+        version = (await client.get("/v1/admin/versions/v4")).json()
+        assert (version["manifest"], version["status"]) == ({"note": "made"}, "candidate")
+        assert version["lineage"]["task_ids"] == [task["id"]]
+        assert version["lineage"]["conversation_ids"] == [told["conversation_id"]]
+        assert (await client.get("/v1/admin/stats")).json()["turns"] == {"done": 1}
+        assert (await client.get("/v1/admin/versions/v9")).status_code == 404
+        assert (await client.get("/v1/admin/queue?state=lost")).json()["error"]["param"] == "state"
+
+
 async def test_conversations_are_paged_and_read_by_their_owner(base: BaseModel, store: Store, tmp_path: Path) -> None:
     others = store.create_conversation("somebody else")
     async with calling(base, store, tmp_path) as client:
@@ -160,6 +181,8 @@ async def test_feedback_on_a_conversation_judges_its_last_answer(base: BaseModel
     async with calling(base, store, tmp_path) as client:
         told = (await client.post("/v1/chat/completions", json=SUM)).json()["whetstone"]
         verdict = {"conversation_id": told["conversation_id"], "score": 1}
+        assert (await client.post("/v1/feedback", json=verdict)).json()["turn_id"] == told["turn_id"]
+        store.finish_turn(store.begin_turn(told["conversation_id"], SUM["messages"], "v0", [1]), "", "error")  # type: ignore[arg-type]
         assert (await client.post("/v1/feedback", json=verdict)).json()["turn_id"] == told["turn_id"]
         both = await client.post("/v1/feedback", json=verdict | {"turn_id": told["turn_id"]})
         assert both.status_code == 400
