@@ -6,7 +6,8 @@ SOMETIMES = ("response_sent_to_client_ts", "cached_tokens_details")  # by whethe
 def shape(value):
     """Keys and types, all the way down; of lists the first item."""
     if isinstance(value, dict):
-        return {key: shape(item) for key, item in value.items() if key not in SOMETIMES}
+        # Of token_id:5 and such keys, which are data, what stands before the colon.
+        return {key.partition(":")[0]: shape(item) for key, item in value.items() if key not in SOMETIMES}
     if isinstance(value, list):
         return [shape(value[0])] if value else []
     return "number" if isinstance(value, (int, float)) and not isinstance(value, bool) else type(value).__name__

@@ -1,7 +1,6 @@
 """vLLM behind the seam, against a small server that answers as vLLM does: the contract, adapters, failures."""
 
 import asyncio
-import contextlib
 import json
 import shutil
 import sys
@@ -15,14 +14,13 @@ from app.runtime import running_service
 from app.service import Finished, Question
 from app.settings import Settings
 from serving.engines.base import EngineError, GenerateRequest, GrammarFailed, PromptTooLong, Sampling
-from serving.engines.http_worker import Patience
 from serving.engines.vllm import VLLMEngine
 from tests.engine_contract import Bench, EngineContract, collect
 from tests.recorded_server import served, tiny_versions
+from tests.replica_contract import ReplicaContract, ask, clusters, until
 from tests.tiny_model import tiny_tokenizer
 from tests.vllm_contract import RecordedVLLM
 
-PATIENCE = Patience(connect=5, silence=20, control=20, look=0.1)
 SCHEMA = {
     "type": "object",
     "properties": {"colour": {"enum": ["red", "green"]}, "count": {"type": "integer", "minimum": 0, "maximum": 9}},
@@ -44,32 +42,12 @@ def home(folders):
 
 @pytest.fixture
 async def cluster(home):
-    """`await cluster(n)`: an engine on n servers, and the servers."""
-    async with contextlib.AsyncExitStack() as stack:
-
-        async def start(count=1, patience=PATIENCE, **options):
-            servers = [RecordedVLLM(home / "base", **options) for _ in range(count)]
-            urls = [stack.enter_context(served(server.app())) for server in servers]
-            engine = VLLMEngine(urls, "secret", patience=patience)
-            stack.push_async_callback(engine.close)
-            await engine.start()
-            await engine.load("base", None)
-            return engine, servers
-
+    async with clusters(home / "base", RecordedVLLM, VLLMEngine) as start:
         yield start
 
 
-def ask(version="base", **options):
-    schema = options.pop("schema", None)
-    return GenerateRequest(
-        [70, 71, 72, 73], version, Sampling(**{"temperature": 0.0, "max_tokens": 6} | options), json_schema=schema
-    )
-
-
-async def until(condition):
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 - of a server in another thread
-            await asyncio.sleep(0.02)
+class TestReplicas(ReplicaContract):
+    pass
 
 
 class TestRecorded(EngineContract):
@@ -123,18 +101,6 @@ async def test_a_server_that_loads_no_adapters_says_how_to_start_it(cluster, hom
     assert (await collect(engine, ask()))[0]
 
 
-async def test_a_wrong_key_or_an_address_where_nothing_listens_is_told(home):
-    with served(RecordedVLLM(home / "base").app()) as url:
-        engine = VLLMEngine([url], "wrong", patience=PATIENCE)
-        with pytest.raises(EngineError, match="engine_admin_key"):
-            await engine.start()
-        await engine.close()
-    engine = VLLMEngine([url], patience=PATIENCE)
-    with pytest.raises(EngineError, match=f"{url}.*running"):
-        await engine.start()
-    await engine.close()
-
-
 async def test_what_a_server_would_take_without_a_word_never_reaches_it(cluster, home, tmp_path):
     """vLLM serves an adapter of another base's shapes, and answers nonsense with it."""
     engine, [server] = await cluster()
@@ -159,44 +125,6 @@ async def test_what_a_server_refuses_is_told_and_drains_nothing(cluster, home):
     with pytest.raises(PromptTooLong, match="Shorten"):
         await collect(engine, GenerateRequest([70] * 9, "base"))
     assert not engine.workers[0].problem
-
-
-async def test_a_load_reaches_every_worker_and_requests_go_round(cluster, home):
-    engine, servers = await cluster(3)
-    await engine.load("vx", home / "vx")
-    assert all(server.adapters == {"vx": str(home / "vx")} for server in servers)
-    await asyncio.gather(*(collect(engine, ask("vx", max_tokens=4, temperature=1.0)) for _ in range(9)))
-    assert min(server.generated for server in servers) > 2  # two are the probes at the start
-    await engine.unload("vx")
-    assert not any(server.adapters for server in servers)
-
-
-async def test_a_dying_worker_is_drained_and_named(cluster):
-    engine, servers = await cluster(2)
-    servers[0].die_after = 0
-    both = await asyncio.gather(*(collect(engine, ask(temperature=1.0)) for _ in range(4)))
-    assert all(ids for ids, _, _ in both)
-    assert engine.workers[0].problem
-    servers[0].die_after = 2
-    await until(lambda: not engine.workers[0].problem)
-    with pytest.raises(EngineError, match=engine.workers[0].url):  # in mid-answer nothing can take its place
-        await asyncio.gather(*(collect(engine, ask(max_tokens=30)) for _ in range(2)))
-
-
-async def test_a_silent_worker_is_given_up_and_comes_back_with_what_it_missed(cluster, home):
-    engine, servers = await cluster(2, patience=Patience(connect=5, silence=1, control=20, look=0.1))
-    servers[0].silent = True
-    for _ in range(2):
-        assert (await collect(engine, ask()))[0]
-    health = await engine.health()
-    assert health["ok"] is True
-    assert health["engine"] == "vllm"
-    assert "said nothing" in health["workers"][engine.workers[0].url]["problem"]
-    await engine.load("vx", home / "vx")
-    assert not servers[0].adapters
-    servers[0].silent = False
-    await until(lambda: not engine.workers[0].problem)
-    assert servers[0].adapters == servers[1].adapters == {"vx": str(home / "vx")}
 
 
 async def test_a_server_that_was_started_anew_gets_its_adapters_back(cluster, home):

@@ -13,6 +13,7 @@ from contextlib import aclosing
 import httpx
 import pytest
 import pytest_asyncio
+import torch
 from safetensors.torch import load_file, save_file
 
 from online_rl.adapters import load_adapter
@@ -65,6 +66,7 @@ async def bench(base, server, tmp_path_factory):
             [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
         )
 
+    torch.set_num_threads(1)  # on a busy machine several wait for each other
     models = {"base": base.load("float32").eval(), "vx": load_adapter(base, folder, "float32").eval()}
     yield Bench(engine, base.tokenizer, prompt, models, folder, median=1e-3, mean=1e-2)
     await engine.close()

@@ -26,11 +26,16 @@ class VLLMDescription(Description):
 
 
 class VLLMWorker(HttpWorker):
-    """`/health` doesn't generate: whether tokens come is seen by requests, and by `probe` before it gets any."""
+    """`/health` doesn't generate, so one that was drained is asked for a token too before it gets requests again."""
 
     name: ClassVar[str] = "vLLM"
     version: ClassVar[str] = "0.32.0"
     served_name = ""
+
+    async def look(self) -> None:
+        await super().look()
+        if self.problem and self.served_name:
+            await self.probe(1.0)
 
     async def describe(self) -> VLLMDescription:
         with self._failures():
