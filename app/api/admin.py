@@ -12,7 +12,7 @@ from fastapi import APIRouter, Query
 from app.api.errors import ApiError
 from app.api.schema import VersionTrial, VersionUse
 from app.service import Service
-from feedback_store import InvalidRecord, QueuedTask, Run, Version
+from feedback_store import InvalidRecord, QueuedTask, Run, Taint, Version
 from feedback_store.records import TaskState
 from serving.engines.base import UnknownVersion
 
@@ -26,11 +26,11 @@ def router(service: Service) -> APIRouter:
     @routes.get("/versions", summary="The versions, oldest first; which serves, and its last changes")
     async def versions(changes: Limit = 20) -> dict[str, Any]:
         def look() -> dict[str, Any]:
-            current = store.current_version()
+            current, tainted = store.current_version(), store.tainted()
             return {
                 "object": "list",
                 "current": current,
-                "data": [_version(version, current) for version in store.versions()],
+                "data": [_version(version, current, tainted.get(version.id)) for version in store.versions()],
                 "changes": [asdict(change) for change in store.version_changes(changes)],
             }
 
@@ -40,7 +40,7 @@ def router(service: Service) -> APIRouter:
     async def version(version_id: str) -> dict[str, Any]:
         def look() -> dict[str, Any]:
             found = store.version(version_id)
-            shown = _version(found, store.current_version())
+            shown = _version(found, store.current_version(), store.tainted().get(version_id))
             return shown | {"manifest": found.manifest, "lineage": store.lineage(version_id)}
 
         return await service.call(look)
@@ -121,7 +121,7 @@ def _not_published() -> Iterator[None]:
         raise ApiError(409, str(error), "version_not_published") from None
 
 
-def _version(version: Version, current: str | None) -> dict[str, Any]:
+def _version(version: Version, current: str | None, taint: Taint | None) -> dict[str, Any]:
     return {
         "id": version.id,
         "object": "whetstone.version",
@@ -129,6 +129,7 @@ def _version(version: Version, current: str | None) -> dict[str, Any]:
         "run": version.run_id,
         "status": version.status,
         "current": version.id == current,
+        "tainted": taint and {"since": taint.since, "tasks": taint.tasks, "runs": taint.runs},
         "created_at": version.created_at,
     }
 

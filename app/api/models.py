@@ -39,7 +39,7 @@ async def _models(service: Service, settings: Settings) -> list[dict[str, Any]]:
     current = service.router.current
     loaded = service.router.loaded()
     versions = list(reversed(await service.call(service.store.versions)))
-    canary = await service.call(service.store.canary)
+    canary, tainted = await service.call(service.store.canary), await service.call(service.store.tainted)
     share = {canary.version: canary.share} if canary else {}
     known = {version.id: version for version in versions}
     others = [v.id for v in versions if v.status == "published" and v.id != current]
@@ -56,6 +56,7 @@ async def _models(service: Service, settings: Settings) -> list[dict[str, Any]]:
             "current": id_ == current,
             "canary_share": share.get(id_, 0.0),
             "loaded": id_ in loaded,
+            "tainted": id_ in tainted,
         }
         created = int(version.created_at.timestamp()) if version else 0
         return {"id": name, "object": "model", "created": created, "owned_by": "whetstone", "whetstone": details}

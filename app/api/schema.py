@@ -278,3 +278,11 @@ class VersionTrial(VersionUse):
     """The body of POST /v1/admin/versions/ID/canary: the share of owners whose new conversations begin on it."""
 
     share: Annotated[float, Field(ge=0, le=1)]
+
+
+class ConsentRequest(BaseModel):
+    """`training`: whether the caller's conversations may train the policy; without it they serve the caller alone."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    training: bool

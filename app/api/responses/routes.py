@@ -26,6 +26,7 @@ from app.api.streaming import (
     while_connected,
 )
 from app.api.wire import url_citations
+from app.erasure import sweep
 from app.service import Finished, Service, ServiceEvent, Started
 from app.settings import Settings
 from feedback_store import InvalidRecord, NotFound, Turn
@@ -95,8 +96,13 @@ def router(service: Service, settings: Settings) -> APIRouter:
     @routes.delete("/{response_id}", summary="Delete a response with its turn; says what learning keeps")
     async def delete(response_id: str, request: Request) -> dict[str, Any]:
         def erase() -> dict[str, Any]:
-            gone = service.store.delete_turn(found(response_id, request.state.owner).id)
-            kept = {"tasks_deleted": gone.tasks, "tasks_kept": gone.tasks_kept}
+            gone = service.store.erase_turn(found(response_id, request.state.owner).id)
+            sweep(service.store, settings.home, service.workspaces, vacuum=False)
+            kept = {
+                "tasks_deleted": gone.tasks_deleted + gone.tasks_emptied,
+                "tasks_kept": gone.tasks_kept,
+                "versions_tainted": gone.tainted,
+            }
             return {"id": response_id, "object": "response", "deleted": True, "whetstone": kept}
 
         try:
