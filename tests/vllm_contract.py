@@ -86,7 +86,7 @@ class RecordedVLLM(RecordedServer):
                   "model": body["model"]}  # fmt: skip
         if not body.get("stream"):
             if late:
-                return _error(late)
+                return _error(late, param=self._culprit(late))
             told = [choice async for choice in choices]
             logprobs = {key: [item for c in told for item in c["logprobs"][key]] for key in told[0]["logprobs"]}
             ids = {"token_ids": [i for c in told for i in c["token_ids"] or ()] or None}
@@ -98,7 +98,7 @@ class RecordedVLLM(RecordedServer):
 
         async def lines() -> AsyncIterator[bytes]:
             if late:
-                error = {"message": late, "type": "BadRequestError", "param": None, "code": 400}
+                error = {"message": late, "type": "BadRequestError", "param": self._culprit(late), "code": 400}
                 yield b"data: " + json.dumps({"error": error}).encode() + b"\n\n"
             else:
                 async for choice in choices:
@@ -135,6 +135,9 @@ class RecordedVLLM(RecordedServer):
                 f"{self.max_stops} items after validation, not {len(body['stop'])}'}}", 400, "Bad Request", "body.stop",
             )  # fmt: skip
         return None
+
+    def _culprit(self, late: str) -> str | None:
+        return "logprobs" if "logprobs" in late else None
 
     def _late_problem(self, body: dict[str, Any]) -> str:
         """What it tells in the stream, whose status is already 200."""
