@@ -2,7 +2,9 @@
 # make test   the same set-up, then the tests        make lint, make types   the other checks
 # make learn  the proof that it learns, about an hour; results in benchmarks/results
 # make bench-sandbox  what a call of the Python tool costs, ten minutes
+# make bench-overhead  what the endpoint costs beside its engine alone, about twelve minutes
 # make test-swap, make bench-swap  swaps of versions under load: the two-minute test, and what they cost
+# make bench-store  what the record costs, on SQLite and PostgreSQL, about ten minutes
 # make test-litellm   the endpoint by litellm, in an environment of its own; a minute, 400 MB in .venv-litellm
 # make test-sglang    the SGLang engine against SGLang itself, on the CPU; some minutes, 3 GB in .venv-sglang
 # make test-vllm      the vLLM engine against vLLM itself, likewise; 4 GB in .venv-vllm
@@ -18,7 +20,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help run test test-litellm test-sglang test-vllm learn bench-sandbox test-swap bench-swap lint types setup bubblewrap chromium clean
+.PHONY: help run test test-litellm test-sglang test-vllm learn bench-sandbox bench-overhead bench-store test-swap bench-swap lint types setup bubblewrap chromium postgresql clean
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -38,7 +40,7 @@ help:
 run: setup
 	@exec $(BIN)/whetstone up
 
-test: setup chromium
+test: setup chromium postgresql
 	@$(BIN)/python -m pytest
 
 test-sglang: setup .venv-sglang/ready
@@ -74,6 +76,12 @@ learn: setup
 bench-sandbox: setup
 	@$(PIP) -e '.[bench]' | $(SHORTLY)
 	@$(BIN)/python -m benchmarks.sandbox
+
+bench-store: setup postgresql
+	@$(BIN)/python -m benchmarks.store
+
+bench-overhead: setup
+	@$(BIN)/python -m benchmarks.overhead
 
 test-swap: setup
 	@WHETSTONE_SWAP_SECONDS=120 $(BIN)/python -m pytest -s tests/test_swap.py
@@ -126,6 +134,14 @@ chromium:
 	    echo "==> Installing chromium, for the tests that drive the chat"; \
 	    { $(APT) update && $(APT) install -y --no-install-recommends chromium fonts-dejavu-core >/dev/null; } || true; fi; \
 	  command -v chromium >/dev/null || echo "Note: chromium is missing, so the browser tests are skipped. Install it: sudo apt-get install chromium"; }
+
+# The server that the tests start for themselves; the one that the package would start is none of theirs.
+postgresql:
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || { \
+	  if [ -n "$(SUDO)" ] && command -v apt-get >/dev/null; then \
+	    echo "==> Installing PostgreSQL, for the tests of the store on it"; \
+	    { $(APT) update && $(APT) install -y --no-install-recommends postgresql >/dev/null; } || true; fi; \
+	  ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || echo "Note: PostgreSQL is missing, so the store's tests on it are skipped. Install it: sudo apt-get install postgresql"; }
 
 clean:
 	rm -rf .venv .venv-litellm .venv-sglang .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

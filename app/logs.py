@@ -16,13 +16,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.settings import Settings
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
+trace_ids: ContextVar[tuple[str, str] | None] = ContextVar("trace_ids", default=None)
+"""Of the request's span, (trace, span), where traces are on."""
 access = logging.getLogger("whetstone.access")
 _GIVEN = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _EXTRAS = ("method", "path", "status", "seconds", "owner")
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: time (UTC), level, logger, message, request_id, exception; of a request its fields."""
+    """One JSON object a line: time (UTC), level, logger, message, request_id, trace_id, span_id, exception; of a
+    request its fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
@@ -33,6 +36,8 @@ class JsonLines(logging.Formatter):
         }
         if said := getattr(record, "request_id", "") or request_id.get():
             line["request_id"] = said
+        if ids := trace_ids.get():
+            line["trace_id"], line["span_id"] = ids
         line |= {name: value for name in _EXTRAS if (value := getattr(record, name, None)) is not None}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
@@ -41,8 +46,9 @@ class JsonLines(logging.Formatter):
 
 class ForPeople(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        said = request_id.get()
-        return super().format(record) + (f" [request {said}]" if said else "")
+        said, ids = request_id.get(), trace_ids.get()
+        traced = f", trace {ids[0]}" if ids else ""
+        return super().format(record) + (f" [request {said}{traced}]" if said else "")
 
 
 def set_up(settings: Settings) -> None:

@@ -9,6 +9,11 @@ from feedback_store import Store
 def open_store(settings: Settings) -> Store:
     """The record, migrated to this release; made if there is none. Raises StoreError."""
     settings.home.mkdir(parents=True, exist_ok=True)
-    store = Store.open(settings.store_path, max_pending=settings.queue_max)
+    url = settings.store_url
+    store = Store.open(
+        settings.store_path if url is None else url.get_secret_value(),
+        max_pending=settings.queue_max,
+        connections=settings.store_connections,
+    )
     store.training_by_default = settings.training_consent == "training"
     return store

@@ -14,6 +14,7 @@ from app.record import open_store
 from app.service import Service
 from app.settings import Settings
 from app.tools import open_toolbox, tool_seconds
+from app.tracing import open_tracing
 from feedback_store import StoreError
 from serving.agent import Agent, Limits
 from serving.dialects import make_dialect
@@ -47,6 +48,8 @@ async def running_service(settings: Settings, progress: Progress = lambda _: Non
 
 
 async def _start(settings: Settings, progress: Progress, stack: AsyncExitStack) -> Service:
+    tracing = open_tracing(settings)
+    stack.push_async_callback(asyncio.to_thread, tracing.close)
     progress("Opening the store")
     store = await asyncio.to_thread(open_store, settings)
     stack.push_async_callback(asyncio.to_thread, store.close)
@@ -54,6 +57,9 @@ async def _start(settings: Settings, progress: Progress, stack: AsyncExitStack) 
     left = await asyncio.to_thread(store.recover)
     if left:
         progress(f"Closed {left} turn{'s' if left > 1 else ''} that an earlier process left open")
+    present = ExitStack()
+    stack.push_async_callback(asyncio.to_thread, present.close)
+    await asyncio.to_thread(present.enter_context, store.present(store.recover))
     await asyncio.to_thread(install_shipped, store, settings.home)
     progress("Preparing the model (the first time, about half a minute)")
     engine, base = await open_engine(settings, store, progress, stack)
@@ -81,7 +87,7 @@ async def _start(settings: Settings, progress: Progress, stack: AsyncExitStack) 
     )
     own = make_dialect(settings.dialect, deepcopy(base.tokenizer))
     toolbox.admit_if(partial(_check_room, own, engine.context_length))
-    return Service(store, router, agent, engine, settings.max_answers, workspaces, settings.key_tools)
+    return Service(store, router, agent, engine, settings.max_answers, workspaces, settings.key_tools, tracing)
 
 
 def _check_room(dialect: Dialect, context: int, tools: Sequence[ToolSchema]) -> None:

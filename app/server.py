@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 import uvicorn
 from starlette.types import ASGIApp
 
+from app.connections import KEEP_ALIVE_SECONDS, PatientH11, raise_open_files
 from app.settings import Settings
 
 
@@ -43,9 +44,10 @@ async def serve(
 
     A second signal stops waiting for them. Raises PortTaken before anything is served.
     """
+    raise_open_files()
     with contextlib.ExitStack() as stack:
         sockets = {port: stack.enter_context(bind(settings.host, port)) for port in apps}
-        servers = [_Server(_config(app, settings)) for app in apps.values()]
+        servers = [_Server(uvicorn_config(app, settings)) for app in apps.values()]
         loop = asyncio.get_running_loop()
 
         def stop() -> None:
@@ -90,11 +92,13 @@ def bind(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
+def uvicorn_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         log_config=None,
         log_level="warning",
         access_log=False,
+        http=PatientH11,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(settings.shutdown_seconds) or 1,
     )

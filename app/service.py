@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 import anyio
 
 from app.metrics import Metrics
+from app.tracing import Tracing, Untraced
 from feedback_store import Conversation, NotFound, Outcome, Store, StoreError
 from feedback_store.records import FinalStatus, Turn
 from online_rl import verifiers
@@ -114,6 +115,7 @@ class Service:
         max_answers: int = 64,
         workspaces: Workspaces | None = None,
         key_tools: Mapping[str, Collection[str]] | None = None,
+        tracing: Tracing | Untraced | None = None,
     ) -> None:
         """`key_tools`: the tools that an owner's answers may use; an owner who isn't named has all of them."""
         self._key_tools = dict(key_tools or {})
@@ -125,6 +127,7 @@ class Service:
         self._prompts = PromptRenderer(agent)
         self._max_answers = max_answers
         self.metrics = Metrics()
+        self.tracing = tracing or Untraced()
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -143,6 +146,7 @@ class Service:
         if question.verifier is not None:
             await self.call(verifiers.check_gold, question.verifier, question.gold or "")
         async with _ShieldedExitStack() as stack:
+            trace = stack.enter_context(self.tracing.answer(question))
             stack.enter_context(self._place())
             allowed = self._agent.toolbox.names(self._key_tools.get(question.owner) if question.server_tools else ())
             if clash := set(allowed) & {tool.name for tool in question.terms.tools}:
@@ -163,9 +167,12 @@ class Service:
             )
             stack.push_async_callback(events.aclose)
             watch.started(version, started.prompt_tokens)
+            trace.started(started)
             yield started
+            trace.go_on()
             async for event in events:
                 watch.see(event)
+                trace.see(event)
                 if isinstance(event, Done):
                     recording.trajectory = event.trajectory
                     break
@@ -173,6 +180,8 @@ class Service:
                     recording.text += event.text
                 elif isinstance(event, StepDone):
                     await self.call(self.store.append_step, started.turn_id, event.step)
+                    if event.step.observation is not None:
+                        trace.go_on()
                 yield event
             else:
                 raise EngineError(f"the answer of version {version} ended without a last event: this is a bug.")

@@ -41,6 +41,13 @@ class Settings(BaseSettings):
     home: Path = Field(Path("~/.whetstone"), description="model, store, versions and runs")
     model_name: str = Field("whetstone", min_length=1, description="the model name that means the version in service")
 
+    store_url: SecretStr | None = Field(
+        None, description="postgresql://USER:PASSWORD@HOST:PORT/NAME of the record; None: a SQLite file in home"
+    )
+    store_connections: int = Field(
+        16, ge=2, description="of one process to that server at most; a run holds one of them throughout"
+    )
+
     host: str = "127.0.0.1"
     api_port: int = Field(8000, ge=1, le=65535)
     web_port: int = Field(7860, ge=1, le=65535)
@@ -65,6 +72,10 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "warning", description="what is logged from; info has a line for each request to the endpoint"
     )
+    otlp_endpoint: str | None = Field(
+        None, description="of an OpenTelemetry collector that takes traces over HTTP: http://HOST:4318; None: no traces"
+    )
+    otlp_content: bool = Field(False, description="let traces hold messages, arguments of tools and their results too")
     shutdown_seconds: float = Field(20.0, ge=0, description="how long answers in flight may take to end on shutdown")
 
     engine: Literal["embedded", "sglang", "vllm"] = Field("embedded", description="what runs the model that answers")
@@ -224,6 +235,8 @@ class Settings(BaseSettings):
             raise ValueError("engine_router_url needs engine_urls too: versions are loaded on each worker, not by it.")
         if wrong := [url for url in self.engine_urls if not url.startswith(("http://", "https://"))]:
             raise ValueError(f"engine_urls holds {wrong[0]!r}, which isn't an http:// or https:// address.")
+        if self.otlp_endpoint and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise ValueError(f"otlp_endpoint is {self.otlp_endpoint!r}, which isn't an http:// or https:// address.")
         if self.api_port == self.web_port:
             raise ValueError(f"api_port and web_port are both {self.api_port}: give them different numbers.")
         keys = {key.get_secret_value(): owner_of(key.get_secret_value().encode()) for key in self.api_keys}
@@ -289,6 +302,11 @@ class Settings(BaseSettings):
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, files)
 
 
+def _is_secret(name: int | str) -> bool:
+    field = Settings.model_fields.get(str(name))
+    return field is not None and "SecretStr" in str(field.annotation)
+
+
 def load(**overrides: Any) -> Settings:
     """Settings from the files and the environment; raises `SettingsError` with one line a mistake."""
     try:
@@ -301,7 +319,7 @@ def load(**overrides: Any) -> Settings:
             if item["type"] == "extra_forbidden":
                 near = difflib.get_close_matches(name, Settings.model_fields, n=1)
                 message = f"there is no such setting{f', did you mean {near[0]}?' if near else ''}"
-            got = f" (got {item['input']!r})" if name and not name.startswith("api_keys") else ""  # a secret stays one
+            got = f" (got {item['input']!r})" if name and not _is_secret(item["loc"][0]) else ""
             lines.append(f"{name}: {message}{got}" if name else message)
         raise SettingsError("\n".join(lines)) from None
     except ValueError as error:  # a file that isn't TOML

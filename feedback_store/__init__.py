@@ -2,7 +2,7 @@
 
 from feedback_store.consent import Consent, Withdrawn
 from feedback_store.erasing import Busy, Erased
-from feedback_store.errors import DamagedRecord, InvalidRecord, NotFound, QueueFull, StoreError
+from feedback_store.errors import DamagedRecord, InvalidRecord, NotFound, QueueFull, RunUnderWay, StoreError
 from feedback_store.records import (
     ApiKey,
     Canary,
@@ -51,6 +51,7 @@ __all__ = [
     "Run",
     "RunStage",
     "RunTask",
+    "RunUnderWay",
     "Scope",
     "StepLike",
     "Store",

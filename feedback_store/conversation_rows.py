@@ -6,7 +6,7 @@ from typing import Any
 
 from sqlalchemy import Row, Select, func, select
 
-from feedback_store.codec import unpack_ids, unpack_logprobs, unpack_mask
+from feedback_store.codec import unpack_ids, unpack_logprobs, unpack_step_ids, unpack_step_mask
 from feedback_store.records import Conversation, StoredStep, Turn
 from feedback_store.schema import conversations, turns
 from feedback_store.tool_results import stored_observation
@@ -24,11 +24,12 @@ def conversation_of(row: Row[Any]) -> Conversation:
 
 def step_of(row: Row[Any]) -> StoredStep:
     """Of a row of `steps_with_results`."""
+    logprobs = unpack_logprobs(row.logprobs)
     return StoredStep(
         index=row.position,
-        token_ids=unpack_ids(row.token_ids),
-        logprobs=unpack_logprobs(row.logprobs),
-        mask=unpack_mask(row.mask),
+        token_ids=unpack_step_ids(row.token_ids, len(logprobs)),
+        logprobs=logprobs,
+        mask=unpack_step_mask(row.mask, len(logprobs)),
         version=row.version,
         text=row.text,
         thought=row.thought,

@@ -8,12 +8,14 @@ from typing import Any, get_args
 
 from sqlalchemy import Connection, insert, select, update
 
-from feedback_store.codec import pack_ids, pack_logprobs, pack_mask
+from feedback_store.codec import pack_ids, pack_logprobs, pack_step_ids, pack_step_mask
 from feedback_store.conversation_rows import conversation_of, conversation_rows, step_of, turn_of
 from feedback_store.database import Database
 from feedback_store.errors import InvalidRecord, NotFound
 from feedback_store.ids import new_id
-from feedback_store.processes import Process, is_alive, this_process
+from feedback_store.postgres import Lock, hold
+from feedback_store.presence import lives
+from feedback_store.processes import Process, this_process
 from feedback_store.records import Conversation, FinalStatus, Message, StepLike, Turn
 from feedback_store.schema import conversations, steps, turns
 from feedback_store.search import add_answer_text, add_turn_text, conversations_with, put_title_text
@@ -38,7 +40,8 @@ def _last_user_message(messages: list[Message]) -> Message | None:
 
 
 def _status_of_open_turn(connection: Connection, turn_id: str) -> str:
-    status = connection.execute(select(turns.c.status).where(turns.c.id == turn_id)).scalar()
+    """Nobody else ends the turn, or adds to it, before the transaction is over."""
+    status = connection.execute(select(turns.c.status).where(turns.c.id == turn_id).with_for_update()).scalar()
     if status is None:
         raise NotFound("turn", turn_id)
     if status not in _OPEN:
@@ -137,8 +140,12 @@ class Conversations(Database):
         packed = pack_ids(prompt_ids)
         turn_id, now, me = new_id("turn"), self._now(), this_process()
         with self._write() as connection:
+            if stays:
+                hold(connection, Lock.VERSIONS, shared=True)
             row = connection.execute(
-                select(conversations.c.title, conversations.c.version).where(conversations.c.id == conversation_id)
+                select(conversations.c.title, conversations.c.version)
+                .where(conversations.c.id == conversation_id)
+                .with_for_update()
             ).first()
             if row is None:
                 raise NotFound("conversation", conversation_id)
@@ -188,9 +195,9 @@ class Conversations(Database):
             "turn_id": turn_id,
             "position": step.index,
             "version": step.version,
-            "token_ids": pack_ids(step.token_ids),
+            "token_ids": pack_step_ids(step.token_ids),
             "logprobs": pack_logprobs(step.logprobs),
-            "mask": pack_mask(step.mask),
+            "mask": pack_step_mask(step.mask),
             "text": step.text,
             "thought": step.thought,
             "action": step.action,
@@ -263,19 +270,21 @@ class Conversations(Database):
     def recover(self, stale_seconds: float = 86_400) -> int:
         """Marks running turns whose process is gone as interrupted, steps kept; returns how many.
 
-        Where that can't be told (another host or container wrote it), a turn older than `stale_seconds` counts as left.
+        Where that can't be told (another host or container wrote it, and never said that it lives), a turn older than
+        `stale_seconds` counts as left.
         """
         now = self._now()
         oldest = now - timedelta(seconds=stale_seconds)
         left = 0
         with self._write() as connection:
             running = connection.execute(
-                select(turns.c.id, turns.c.host, turns.c.pid, turns.c.process_started, turns.c.created_at).where(
-                    turns.c.status == "running"
-                )
+                select(turns.c.id, turns.c.host, turns.c.pid, turns.c.process_started, turns.c.created_at)
+                .where(turns.c.status == "running")
+                .order_by(turns.c.id)
+                .with_for_update(skip_locked=True)  # one that is written to lives
             ).all()
             for row in running:
-                alive = is_alive(Process(row.host, row.pid, row.process_started))
+                alive = lives(connection, Process(row.host, row.pid, row.process_started), now)
                 if alive or (alive is None and row.created_at > oldest):
                     continue
                 connection.execute(

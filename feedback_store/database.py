@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
+from feedback_store import postgres
 from feedback_store.codec import to_json
-from feedback_store.errors import StoreError, explained
+from feedback_store.errors import Conflict, StoreError, explained
 
 Clock = Callable[[], datetime]
+CONNECTIONS = 16  # that one store keeps to a server at most; threads wait for one
+_ATTEMPTS = 8  # of a transaction that the database undoes in favour of another one
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def utc_now() -> datetime:
@@ -27,20 +35,33 @@ def sqlite_url(path: str) -> URL:
     return URL.create("sqlite", database=path)
 
 
-def connect_to(url: URL, busy_seconds: float, *, foreign_keys: bool = True, **options: Any) -> Engine:
+def connect_to(
+    url: URL, busy_seconds: float, *, foreign_keys: bool = True, connections: int = CONNECTIONS, **options: Any
+) -> Engine:
     """An engine for `url`. On SQLite a transaction begins when it is asked to, and one that will write
     (execution option `will_write`) takes the write lock at its start: no later step of it can then fail for a lock.
     """
     sqlite = url.get_backend_name() == "sqlite"
+    if sqlite:
+        usual: dict[str, Any] = {"connect_args": {"timeout": busy_seconds}}
+    else:
+        usual = postgres.engine_options(url, busy_seconds, connections)
+        if "poolclass" in options:  # one that keeps nothing
+            usual = {name: value for name, value in usual.items() if not name.startswith(("pool_", "max_"))}
+        url = url.difference_update_query(["options"])
     try:
-        engine = create_engine(
-            url, json_serializer=to_json, connect_args={"timeout": busy_seconds} if sqlite else {}, **options
-        )
+        engine = create_engine(url, json_serializer=to_json, **usual, **options)
     except (NoSuchModuleError, ImportError) as error:
         raise StoreError(
-            f"The store {url}: the driver for {url.drivername!r} is missing ({error}). "
-            "Install it (for PostgreSQL: pip install 'psycopg[binary]', URL postgresql+psycopg://…), or give a path."
+            f"The store {postgres.shown(url)}: the driver for {url.drivername!r} is missing ({error}). "
+            "Install it (for PostgreSQL: pip install 'whetstone[postgres]', URL postgresql://…), or give a path."
         ) from error
+    if not sqlite:
+
+        @event.listens_for(engine, "connect")
+        def prepare_text(connection: Any, record: Any) -> None:
+            postgres.prepare(connection)
+
     if sqlite:
 
         @event.listens_for(engine, "connect")
@@ -60,19 +81,46 @@ def connect_to(url: URL, busy_seconds: float, *, foreign_keys: bool = True, **op
     return engine
 
 
+def _again_after_conflicts(method: _Method) -> _Method:
+    """`method`, which is one transaction, called again when the database undid it for another one's sake."""
+
+    @functools.wraps(method)
+    def call(*arguments: Any, **named: Any) -> Any:
+        for attempt in range(1, _ATTEMPTS):
+            try:
+                return method(*arguments, **named)
+            except Conflict:
+                time.sleep(random.uniform(0, 0.01 * 2**attempt))
+        return method(*arguments, **named)
+
+    return call  # type: ignore[return-value]
+
+
 class Database:
-    """The base of the store's parts. Thread-safe; a process that forks must open the store again in the child."""
+    """The base of the store's parts. Thread-safe; a process that forks must open the store again in the child.
+
+    Each public method of a part is one transaction. One that PostgreSQL undoes, because it and another wait for each
+    other, is begun anew, so a method must read all that it decides by inside of it.
+    """
+
+    def __init_subclass__(cls) -> None:
+        for name, member in list(vars(cls).items()):
+            if callable(member) and not name.startswith("_") and not hasattr(member, "__wrapped__"):
+                setattr(cls, name, _again_after_conflicts(member))
 
     def __init__(self, engine: Engine, *, max_pending: int, busy_seconds: float, now: Clock) -> None:
         self._engine = engine
         self._writer = engine.execution_options(will_write=True)
-        self._where = engine.url.database or "" if engine.dialect.name == "sqlite" else str(engine.url)
+        # One look at the record shows one moment of it: SQLite's transactions do, PostgreSQL's when they are told to.
+        sqlite = engine.dialect.name == "sqlite"
+        self._reader = engine if sqlite else engine.execution_options(isolation_level="REPEATABLE READ")
+        self._where = engine.url.database or "" if sqlite else postgres.shown(engine.url)
         self._pid = os.getpid()
         self._closed = False
         self._max_pending = max_pending
         self._now = now
         # SQLite has one writer at a time. Threads that queue here in order don't poll against each other there.
-        self._turnstile = threading.Lock() if engine.dialect.name == "sqlite" else None
+        self._turnstile = threading.Lock() if sqlite else None
         self._busy_seconds = busy_seconds
 
     @property
@@ -97,7 +145,7 @@ class Database:
     @contextmanager
     def _read(self) -> Iterator[Connection]:
         self._check_usable()
-        with explained(self._where), self._engine.begin() as connection:
+        with explained(self._where), self._reader.begin() as connection:
             yield connection
 
     @contextmanager
@@ -120,14 +168,26 @@ class Database:
 
 
 def parse_location(path_or_url: str | os.PathLike[str]) -> URL:
-    """A URL for a URL, and SQLite's for anything else."""
+    """A URL for a URL, and SQLite's for anything else. What isn't understood isn't repeated: it may hold a password."""
     text = os.fspath(path_or_url)
+    if "://" not in text:
+        if text == ":memory:":
+            raise StoreError(f"The store can't live in memory ({text!r}): server and trainer share it. Give a path.")
+        return sqlite_url(os.path.abspath(os.path.expanduser(text)))
+    scheme = text.partition("://")[0]
     try:
-        url = make_url(text) if "://" in text else sqlite_url(os.path.abspath(os.path.expanduser(text)))
-    except ArgumentError as error:
+        url = postgres.with_driver(make_url(text))
+    except (ArgumentError, ValueError) as error:  # a port that is no number
         raise StoreError(
-            f"{text!r} is no database URL. Give a file path, sqlite:///… or postgresql+psycopg://…"
+            f"{scheme}://… is no database URL. Give a file path, sqlite:///… or "
+            "postgresql://USER:PASSWORD@HOST:PORT/DATABASE."
         ) from error
+    if "@" in (url.host or ""):
+        raise StoreError(
+            f"{scheme}://…: the user or the password holds an @, a / or a :. Write these as %40, %2F and %3A."
+        )
     if url.get_backend_name() == "sqlite" and (not url.database or ":memory:" in text):
         raise StoreError(f"The store can't live in memory ({text!r}): server and trainer share it. Give a file path.")
+    if url.get_backend_name() == "postgresql" and not url.database:
+        raise StoreError(f"{postgres.shown(url)} names no database. End it with /NAME.")
     return url

@@ -26,7 +26,8 @@ from sqlalchemy import (
 
 from feedback_store.codec import clean
 from feedback_store.errors import InvalidRecord
-from feedback_store.processes import Process, is_alive
+from feedback_store.presence import lives
+from feedback_store.processes import Process
 from feedback_store.queue import give_up_claims
 from feedback_store.schema import (
     UtcTime,
@@ -224,7 +225,7 @@ class Work:
         return held
 
     def _is_alive(self, run: Row[Any]) -> bool:
-        alive = is_alive(Process(run.host, run.pid, run.process_started))
+        alive = lives(self._connection, Process(run.host, run.pid, run.process_started), self._now)
         if alive is not None:
             return alive
         until = self._connection.execute(select(func.max(tasks.c.lease_until)).where(tasks.c.run_id == run.id)).scalar()

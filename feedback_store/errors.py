@@ -34,6 +34,14 @@ class QueueFull(StoreError):
     """The queue holds as many waiting tasks as it may."""
 
 
+class RunUnderWay(StoreError):
+    """Another process trains on this store."""
+
+
+class Conflict(StoreError):
+    """The database undid the transaction because it and another one were in each other's way; it may be begun anew."""
+
+
 # By the start of SQLite's own error name: the cause in words, and the way out.
 _SQLITE: dict[str, tuple[str, str]] = {
     "SQLITE_BUSY": (
@@ -63,18 +71,88 @@ _SQLITE: dict[str, tuple[str, str]] = {
 }
 
 
+_SAFE = "what was acknowledged before is safe"
+_LOST = (
+    "the connection to the server was lost",
+    f"check that PostgreSQL runs and try again, which connects anew; {_SAFE}, and what was under way may be missing",
+)
+# By PostgreSQL's SQLSTATE, or the start of one: the cause in words, and the way out.
+_POSTGRES: dict[str, tuple[str, str]] = {
+    "08": _LOST,
+    "57P": _LOST,
+    "55P03": (
+        "another transaction kept a lock for longer than the waiting time",
+        "see which (SELECT * FROM pg_stat_activity), end it, and try again",
+    ),
+    "57014": ("a statement took longer than it may", "try again when the server is less busy, or ask for less"),
+    "25006": (
+        "the server only lets itself be read (a standby, or default_transaction_read_only)",
+        "give the URL of the primary",
+    ),
+    "53100": ("the server's disk is full", f"free some space there; {_SAFE}"),
+    "53200": ("the server is out of memory", "give it more, or lower its max_connections"),
+    "53300": (
+        "the server has no connection left",
+        "raise its max_connections, lower Whetstone's store_connections, or stop processes that hold some",
+    ),
+    "42501": (
+        "the user lacks a right",
+        "as the database's owner: GRANT ALL ON SCHEMA public TO the user, or make it the owner: ALTER DATABASE … OWNER",
+    ),
+    "28": ("the server refused the user", "check the user and the password in the URL, and the server's pg_hba.conf"),
+    "3D000": ("there is no such database", "make it: createdb NAME"),
+    "58": ("the server failed to read or write its disk", "see its log"),
+    "XX": ("the server found its data damaged, or failed inside", "see its log; restore a backup if it is damaged"),
+}
+# What a server says before there is a session, when the driver passes no SQLSTATE on.
+_CONNECTING: dict[str, str] = {  # the first that fits
+    "too many": "53300",
+    "remaining connection slots": "53300",
+    "password authentication failed": "28",
+    "no password supplied": "28",
+    "no pg_hba.conf entry": "28",
+    "role ": "28",
+    "does not exist": "3D000",
+    "permission denied for database": "42501",
+}
+# A row that was there at the look, or wasn't, was deleted or added by another transaction since (23…): a second look
+# finds that, and says so.
+_CONFLICTS = ("40001", "40P01", "23503", "23505")
+
+
 def explain(error: BaseException, where: str) -> StoreError:
     """A StoreError for a database error raised at the store `where` (a path, or a URL without its password)."""
     cause = error.orig if isinstance(error, exc.StatementError) and error.orig is not None else error
     if isinstance(error, exc.TimeoutError):
         return StoreError(
-            f"The store {where}: every connection was in use for too long. Too many threads write at once; try again."
+            f"The store {where}: every connection was in use for too long. Too many threads use it at once; try again, "
+            "or raise store_connections."
         )
     name = getattr(cause, "sqlite_errorname", "")
     for start, (why, way_out) in _SQLITE.items():
         if name.startswith(start):
             return StoreError(f"The store {where}: {why} ({cause}). To go on: {way_out}.")
-    return StoreError(f"The store {where}: the database refused: {cause}")
+    said = " ".join(str(cause).split())
+    state = _sqlstate(error, cause)
+    if state in _CONFLICTS:
+        return Conflict(f"The store {where}: other transactions were in the way too often ({said}). Try again.")
+    for start, (why, way_out) in _POSTGRES.items():
+        if state.startswith(start):
+            return StoreError(f"The store {where}: {why} ({said}). To go on: {way_out}.")
+    return StoreError(f"The store {where}: the database refused: {said}")
+
+
+def _sqlstate(error: BaseException, cause: BaseException) -> str:
+    """PostgreSQL's code for it, or the one that it would have; empty for another database's error."""
+    if state := getattr(cause, "sqlstate", None):
+        return str(state)
+    if not hasattr(cause, "sqlstate"):  # no error of psycopg
+        return ""
+    said = str(cause)
+    if "FATAL" in said:
+        return next((state for text, state in _CONNECTING.items() if text in said), "08")
+    lost = isinstance(error, exc.DBAPIError) and error.connection_invalidated
+    return "08" if lost or isinstance(error, exc.OperationalError) else ""
 
 
 @contextmanager

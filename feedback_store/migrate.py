@@ -18,12 +18,12 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
+from feedback_store import postgres
 from feedback_store.database import connect_to, utc_now
 from feedback_store.errors import StoreError, explain, explained
 
 # Alembic runs its environment through module globals: one migration at a time in a process.
 _alembic = threading.Lock()
-_ADVISORY_LOCK = 5_238_461  # any number that only this migration uses
 
 
 def _config() -> Config:
@@ -32,13 +32,21 @@ def _config() -> Config:
     return config
 
 
+def revisions() -> list[str]:
+    """Every revision that a store may have, the oldest first."""
+    scripts = ScriptDirectory.from_config(_config())
+    return [script.revision for script in scripts.walk_revisions()][::-1]
+
+
 def bring_up_to_date(url: URL, busy_seconds: float, revision: str = "head") -> None:
     """Creates or upgrades the store at `url`, all or nothing, however many processes open it at once.
 
+    A file is copied first. On PostgreSQL the transaction is what protects the record; to be able to go back to an
+    earlier release, dump the database before (pg_dump).
     Raises StoreError for a file that is read-only, damaged, of another program, or of a later release.
     """
     sqlite = url.get_backend_name() == "sqlite"
-    where = str(url.database) if sqlite else str(url)
+    where = str(url.database) if sqlite else postgres.shown(url)
     if sqlite:
         _check_writable(Path(where))
     # Foreign keys rest during a migration: a table that is rebuilt is dropped for a moment.
@@ -47,6 +55,8 @@ def bring_up_to_date(url: URL, busy_seconds: float, revision: str = "head") -> N
         scripts = ScriptDirectory.from_config(_config())
         target = scripts.get_current_head() if revision == "head" else revision
         with engine.connect() as looking:
+            if not sqlite:
+                postgres.check_server(looking, where)
             found = _revision(looking, scripts, where)
         if sqlite:  # only now: a file of another program is left as it is
             _use_write_ahead_log(Path(where), busy_seconds)
@@ -54,7 +64,10 @@ def bring_up_to_date(url: URL, busy_seconds: float, revision: str = "head") -> N
             return
         with engine.execution_options(will_write=True).begin() as connection:
             if not sqlite:
-                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
+                # Another process's migration, and this one's own statements on a large record, take their time.
+                connection.execute(text("SET LOCAL lock_timeout = '10min'"))
+                connection.execute(text("SET LOCAL statement_timeout = 0"))
+                postgres.hold(connection, postgres.Lock.MIGRATION)
             found = _revision(connection, scripts, where)  # another process may have been first
             if found == target:
                 return
@@ -92,10 +105,15 @@ def _revision(connection: Connection, scripts: ScriptDirectory, where: str) -> s
     if found not in known:
         raise StoreError(
             f"The store {where} was written by a later release of Whetstone: it has revision {found!r}, and this one "
-            f"knows up to {known[0]!r}. Upgrade Whetstone, or open the copy that the later release left beside it "
-            f"(its name ends in .bak) under another name."
+            f"knows up to {known[0]!r}. Upgrade Whetstone, or {_way_back(connection)}."
         )
     return found
+
+
+def _way_back(connection: Connection) -> str:
+    if connection.dialect.name == "sqlite":
+        return "open the copy that the later release left beside it (its name ends in .bak) under another name"
+    return "restore the dump that you made before that release into another database (pg_restore) and name that one"
 
 
 def _check_writable(path: Path) -> None:

@@ -90,22 +90,35 @@ def _state_at(now: datetime) -> ColumnElement[str]:
 
 
 def give_up_claims(
-    connection: Connection, held: ColumnElement[bool], *, failed: bool, claim_state: str, now: datetime
+    connection: Connection,
+    held: ColumnElement[bool],
+    *,
+    failed: bool,
+    claim_state: str,
+    now: datetime,
+    passing_by: bool = False,
 ) -> int:
-    """Puts claimed tasks that match `held` back (or to rest, after too many failures); returns how many."""
-    which = and_(tasks.c.state == "claimed", held)
+    """Puts claimed tasks that match `held` back (or to rest, after too many failures); returns how many.
+
+    `passing_by` leaves those alone that another transaction is at.
+    """
+    which = select(tasks.c.id).where(tasks.c.state == "claimed", held)
+    # Locked before either table is written: else a lease that is renewed meanwhile would lose its row in `run_tasks`.
+    ids = connection.execute(which.with_for_update(skip_locked=passing_by)).scalars().all()
+    if not ids:
+        return 0
+    each = [{"given_up": task_id} for task_id in ids]
     connection.execute(
         update(run_tasks)
-        .where(
-            run_tasks.c.state == "claimed",
-            run_tasks.c.task_id.in_(select(tasks.c.id).where(which)),
-        )
-        .values(state=claim_state, ended_at=now)
+        .where(run_tasks.c.state == "claimed", run_tasks.c.task_id == bindparam("given_up"))
+        .values(state=claim_state, ended_at=now),
+        each,
     )
     changed: dict[str, Any] = {"state": "pending", "run_id": None, "lease_until": None, "updated_at": now}
     if failed:
         changed |= {"state": _after_failure(), "attempts": tasks.c.attempts + 1}
-    return connection.execute(update(tasks).where(which).values(changed)).rowcount
+    connection.execute(update(tasks).where(tasks.c.id == bindparam("given_up")).values(changed), each)
+    return len(ids)
 
 
 def task_of(row: Row[Any]) -> QueuedTask:
@@ -179,7 +192,8 @@ class Queue(Database):
             now = self._now()
             until = now + timedelta(seconds=lease_seconds)
             _check_run(connection, run_id)
-            give_up_claims(connection, tasks.c.lease_until <= now, failed=True, claim_state="expired", now=now)
+            lapsed = tasks.c.lease_until <= now
+            give_up_claims(connection, lapsed, failed=True, claim_state="expired", now=now, passing_by=True)
             rows = connection.execute(
                 select(tasks.c.id)
                 .where(tasks.c.state == "pending")
@@ -225,7 +239,10 @@ class Queue(Database):
             now = self._now()
             held = set(
                 connection.execute(
-                    select(tasks.c.id).where(tasks.c.run_id == run_id, tasks.c.state == "claimed").with_for_update()
+                    select(tasks.c.id)
+                    .where(tasks.c.run_id == run_id, tasks.c.state == "claimed")
+                    .order_by(tasks.c.id)
+                    .with_for_update()
                 ).scalars()
             )
             asked = list(dict.fromkeys(task_ids))

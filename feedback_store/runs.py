@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
 from typing import Any, get_args
 
 from sqlalchemy import Connection, Row, insert, select, update
 
 from feedback_store.database import Database
-from feedback_store.errors import InvalidRecord, NotFound
+from feedback_store.errors import InvalidRecord, NotFound, RunUnderWay, explained
 from feedback_store.ids import new_id
-from feedback_store.processes import Process, is_alive, this_process
+from feedback_store.postgres import Lock, try_hold_session
+from feedback_store.presence import lives
+from feedback_store.processes import Process, this_process
 from feedback_store.queue import give_up_claims
 from feedback_store.records import FinalRunStatus, Lineage, Run, RunStage, RunTask
 from feedback_store.schema import run_stages, run_tasks, runs, task_origins, tasks, turns, versions
 
 
-def _run(row: Row[Any], stages: list[RunStage]) -> Run:
+def _run(connection: Connection, row: Row[Any], stages: list[RunStage], now: datetime) -> Run:
     running = row.status == "running"
     return Run(
         id=row.id,
@@ -25,7 +29,7 @@ def _run(row: Row[Any], stages: list[RunStage]) -> Run:
         stage=row.stage,
         detail=row.detail,
         report=row.report,
-        alive=is_alive(Process(row.host, row.pid, row.process_started)) if running else None,
+        alive=lives(connection, Process(row.host, row.pid, row.process_started), now) if running else None,
         started_at=row.started_at,
         finished_at=row.finished_at,
         stages=stages,
@@ -33,7 +37,7 @@ def _run(row: Row[Any], stages: list[RunStage]) -> Run:
 
 
 def _check_running(connection: Connection, run_id: str) -> None:
-    status = connection.execute(select(runs.c.status).where(runs.c.id == run_id)).scalar()
+    status = connection.execute(select(runs.c.status).where(runs.c.id == run_id).with_for_update()).scalar()
     if status is None:
         raise NotFound("run", run_id)
     if status != "running":
@@ -94,12 +98,48 @@ class Runs(Database):
             journal = connection.execute(
                 select(run_stages).where(run_stages.c.run_id == run_id).order_by(run_stages.c.id)
             )
-            return _run(row, [RunStage(entry.stage, entry.detail, entry.at) for entry in journal])
+            stages = [RunStage(entry.stage, entry.detail, entry.at) for entry in journal]
+            return _run(connection, row, stages, self._now())
 
     def runs(self, limit: int = 50) -> list[Run]:
         """Without their journals, the newest first."""
         with self._read() as connection:
-            return [_run(row, []) for row in connection.execute(select(runs).order_by(runs.c.id.desc()).limit(limit))]
+            rows = connection.execute(select(runs).order_by(runs.c.id.desc()).limit(limit)).all()
+            return [_run(connection, row, [], self._now()) for row in rows]
+
+    @contextmanager
+    def only_run(self) -> Iterator[None]:
+        """The right to train on this store, which one process has at a time, whatever machine it is on.
+
+        Raises RunUnderWay. On PostgreSQL a lock of a session of its own says so, which ends with the process; where
+        that session was lost and the run goes on, its process's word that it lives does.
+        """
+        self._check_usable()
+        if self._engine.dialect.name == "sqlite":  # its file has one home, where a run locks a file
+            self._refuse_beside_another()
+            yield
+            return
+        with explained(self._where):
+            connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        try:
+            with explained(self._where):
+                mine = try_hold_session(connection, Lock.TRAINING)
+            if not mine:
+                raise RunUnderWay(f"Another process trains on the store {self._where}. `whetstone runs` shows its run.")
+            self._refuse_beside_another()
+            yield
+        finally:
+            connection.invalidate()  # ends the session, and the lock with it, even where the server is gone
+            connection.close()
+
+    def _refuse_beside_another(self) -> None:
+        me = this_process()
+        with self._read() as connection:
+            for row in connection.execute(select(runs).where(runs.c.status == "running")).all():
+                its = Process(row.host, row.pid, row.process_started)
+                if its != me and lives(connection, its, self._now()):
+                    host = row.host.partition("/")[0]
+                    raise RunUnderWay(f"Run {row.id} is under way in process {row.pid} on {host}.")
 
     def run_tasks(self, run_id: str) -> list[RunTask]:
         """Every claim that the run made and what became of it, in order."""

@@ -115,9 +115,9 @@ steps = Table(
     Column("turn_id", String(40), ForeignKey("turns.id"), primary_key=True),
     Column("position", Integer, primary_key=True, autoincrement=False),
     Column("version", CleanText, nullable=False),
-    Column("token_ids", LargeBinary, nullable=False),  # int32
+    Column("token_ids", LargeBinary, nullable=False),  # see `codec.pack_step_ids`
     Column("logprobs", LargeBinary, nullable=False),  # float32
-    Column("mask", LargeBinary, nullable=False),  # uint8, 1 for the policy's own tokens
+    Column("mask", LargeBinary, nullable=False),  # 1 for the policy's own tokens: see `codec.pack_step_mask`
     Column("text", CleanText, nullable=False),
     Column("thought", CleanText, nullable=False),
     Column("action", String(16), nullable=False),
@@ -130,6 +130,15 @@ steps = Table(
     Column("created_at", UtcTime, nullable=False),
     Index(None, "call_hash", "created_at"),
     Index(None, "result_hash"),
+)
+
+processes = Table(  # that serve or train; see `presence`
+    "processes",
+    metadata,
+    Column("host", CleanText, primary_key=True),
+    Column("pid", Integer, primary_key=True, autoincrement=False),
+    Column("process_started", CleanText, primary_key=True),
+    Column("alive_until", UtcTime, nullable=False),
 )
 
 runs = Table(
@@ -178,6 +187,7 @@ tasks = Table(
     Column("updated_at", UtcTime, nullable=False),
     Index(None, "state", "attempts", "id"),
     Index(None, "run_id", "state"),
+    Index(None, "lease_until"),  # null unless claimed: the few that a claim must look at first
 )
 
 task_origins = Table(  # every turn or source that asked for a task, the first included

@@ -9,12 +9,13 @@ from typing import Any, Self
 from sqlalchemy import func, select
 
 from feedback_store.conversations import Conversations
-from feedback_store.database import Clock, connect_to, parse_location, utc_now
+from feedback_store.database import CONNECTIONS, Clock, connect_to, parse_location, utc_now
 from feedback_store.erasure import Erasure
 from feedback_store.keys import Keys
 from feedback_store.lineage import LineageTree
 from feedback_store.migrate import bring_up_to_date
 from feedback_store.outcomes import Outcomes
+from feedback_store.presence import Presence
 from feedback_store.queue import Queue
 from feedback_store.runs import Runs
 from feedback_store.schema import conversations, outcomes, turns
@@ -42,6 +43,7 @@ class Store(
     LineageTree,
     Statistics,
     Reading,
+    Presence,
 ):
     """The record of conversations, outcomes, tasks, versions and runs, and the API keys.
 
@@ -56,16 +58,19 @@ class Store(
         *,
         max_pending: int = 100_000,
         busy_seconds: float = 30.0,
+        connections: int = CONNECTIONS,
         now: Clock = utc_now,
     ) -> Self:
         """Opens the file (made with its folder if missing) or the database at a URL, migrated to this release.
 
         `max_pending`: how many tasks may wait in the queue. `busy_seconds`: how long to wait for another process's
-        write. `now`: the clock that stamps rows and ends leases. An older SQLite file is copied beside itself first.
+        write. `connections`: to a PostgreSQL server, at most. `now`: the clock that stamps rows and ends leases. An
+        older SQLite file is copied beside itself first.
         """
         url = parse_location(path_or_url)
         bring_up_to_date(url, busy_seconds)
-        return cls(connect_to(url, busy_seconds), max_pending=max_pending, busy_seconds=busy_seconds, now=now)
+        engine = connect_to(url, busy_seconds, connections=connections)
+        return cls(engine, max_pending=max_pending, busy_seconds=busy_seconds, now=now)
 
     def __enter__(self) -> Self:
         return self

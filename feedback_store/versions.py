@@ -14,8 +14,11 @@ from sqlalchemy import Connection, Row, func, insert, select, update
 
 from feedback_store.database import Database
 from feedback_store.errors import InvalidRecord, NotFound
+from feedback_store.postgres import Lock, hold
 from feedback_store.records import Canary, InService, Version, VersionChange, VersionStatus
 from feedback_store.schema import canary_changes, conversations, runs, version_changes, versions
+
+_LONGEST_ID = 100
 
 
 def _version(row: Row[Any]) -> Version:
@@ -86,12 +89,13 @@ class Versions(Database):
     ) -> None:
         """Registers an immutable version; `parent` must be registered. `run_id` defaults to the manifest's."""
         _check_status(status)
-        if not id:
-            raise InvalidRecord("A version needs an id.")
+        if not id or len(id) > _LONGEST_ID:
+            raise InvalidRecord(f"A version's id has 1 to {_LONGEST_ID} characters, not {len(id)}.")
         named = manifest.get("run_id")
         made_by = run_id or (named if isinstance(named, str) and named else None)
         now = self._now()
         with self._write() as connection:
+            hold(connection, Lock.VERSIONS)
             if connection.execute(select(versions.c.id).where(versions.c.id == id)).first() is not None:
                 raise InvalidRecord(f"There is a version {id!r} already, and versions are immutable; choose a new id.")
             if parent is not None:
@@ -130,6 +134,7 @@ class Versions(Database):
     def set_version_status(self, id: str, status: VersionStatus) -> None:
         _check_status(status)
         with self._write() as connection:
+            hold(connection, Lock.VERSIONS)
             _status_of(connection, id)
             if status != "published" and current_version_of(connection) == id:
                 raise InvalidRecord(f"Version {id!r} is in service; make another one current before it is {status}.")
@@ -145,6 +150,7 @@ class Versions(Database):
         Returns how many there are.
         """
         with self._write() as connection:
+            hold(connection, Lock.VERSIONS)
             status = _status_of(connection, id)
             if status != "published":
                 raise InvalidRecord(f"Version {id!r} is {status}; only a published version can serve.")
@@ -183,6 +189,7 @@ class Versions(Database):
         if move_conversations and share:
             raise InvalidRecord("Conversations are moved away from a canary when it ends, with share 0.")
         with self._write() as connection:
+            hold(connection, Lock.VERSIONS)
             status = _status_of(connection, id)
             canary = _canary(connection)
             if share:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from feedback_store import Run, Store
+from feedback_store import Run, RunUnderWay, Store
 from online_rl.adapters import load_adapter, save_adapter, save_version
 from online_rl.checkpoints import MAY_CHANGE
 from online_rl.evaluation import Recorded, evaluate
@@ -100,20 +100,25 @@ def run_once(
     Raises RunRefused when another run is under way or no version is registered. On any other failure the run stays
     resumable; call again.
     """
-    with _only_run(home):
+    with _only_run(home, store), store.present():
         return asyncio.run(_Run(home, store, base, toolbox, options, listener).go())
 
 
 @contextlib.contextmanager
-def _only_run(home: Path) -> Iterator[None]:
-    """One run at a time on one home; the lock dies with its process."""
+def _only_run(home: Path, store: Store) -> Iterator[None]:
+    """One run at a time on one home, and on one store, which machines may share; the locks die with their process."""
     home.mkdir(parents=True, exist_ok=True)
     with (home / "training.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunRefused("Another training run is under way here. `whetstone runs` shows it.") from None
-        yield
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(store.only_run())
+            except RunUnderWay as error:
+                raise RunRefused(str(error)) from error
+            yield
 
 
 class _Run:
@@ -171,7 +176,7 @@ class _Run:
     # -- stages
 
     def _unfinished(self) -> Run | None:
-        """The newest run that a kill left open. Its process is gone, since this one holds the lock."""
+        """The newest run that a kill left open. Its process is gone, since this one holds the locks."""
         current = self.store.current_version()
         for run in self.store.runs():
             if run.status != "running":

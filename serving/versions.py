@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
-from feedback_store import Store, StoreError
+from feedback_store import InvalidRecord, Store, StoreError
 from serving.engines.base import Engine, EngineError
 from serving.loading import LoadedVersions
 from serving.manifest import CorruptVersion, copy_version, read_version, remove_unfinished
@@ -45,7 +45,11 @@ def install_shipped(store: Store, home: Path) -> None:
             copy_version(source, target)
         if source.name not in known:
             manifest = read_version(target)
-            store.add_version(manifest.id, manifest.parent, str(target), manifest.model_dump(), "published")
+            try:
+                store.add_version(manifest.id, manifest.parent, str(target), manifest.model_dump(), "published")
+            except InvalidRecord:  # another process of the same store starts, too
+                if manifest.id not in {version.id for version in store.versions()}:
+                    raise
         if store.current_version() is None:
             store.set_current(source.name, "came with Whetstone")
 

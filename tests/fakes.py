@@ -10,6 +10,7 @@ from pathlib import Path
 from langchain_core.tools import BaseTool
 
 from app.service import Service
+from app.tracing import Tracing
 from feedback_store import Store
 from serving.agent import Agent
 from serving.dialects.tapo import TapoDialect
@@ -145,6 +146,7 @@ def make_service(
     code: BaseTool | None = None,
     more: Sequence[BaseTool] = (),
     key_tools: Mapping[str, Sequence[str]] | None = None,
+    tracing: Tracing | None = None,
 ) -> tuple[Service, ScriptedEngine]:
     """`documents`: a folder for the index of the search tool; without it the agent has Python only, or `code`."""
     engine = ScriptedEngine(base.tokenizer, calculator)
@@ -153,4 +155,5 @@ def make_service(
         tools.append(SearchTool(backends=[open_library(documents)]))
     agent = Agent(engine, TapoDialect(base.tokenizer), Toolbox(tools))
     router = FixedRouter(engine)
-    return Service(store, router, agent, engine, max_answers, workspaces, key_tools), engine  # type: ignore[arg-type]
+    service = Service(store, router, agent, engine, max_answers, workspaces, key_tools, tracing)  # type: ignore[arg-type]
+    return service, engine

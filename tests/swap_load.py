@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import socket
+import traceback
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch
 import uvicorn
 
 from app.api.app import create_app
+from app.server import uvicorn_config
 from app.service import Service
 from app.settings import Settings
 from feedback_store import Store
@@ -90,7 +92,7 @@ async def serving(
         service = Service(store, router, agent, engine, max_answers=64)
         listening = socket.create_server(("127.0.0.1", 0))
         app = create_app(service, Settings(home=home))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+        server = uvicorn.Server(uvicorn_config(app, Settings(home=home, shutdown_seconds=5)))
         running = asyncio.create_task(server.serve([listening]))
         try:
             yield f"http://127.0.0.1:{listening.getsockname()[1]}", store, service, router
@@ -129,7 +131,7 @@ async def _converse(client: httpx.AsyncClient, number: int, go_on: Callable[[], 
             try:
                 answer = await _ask(client, f"{number}.{conversation}.{turn}", going_on)
             except Exception as error:
-                seen.failures.append(repr(error))
+                seen.failures.append("".join(traceback.format_exception(error)))
                 return
             seen.answers.append(answer)
             going_on = answer.conversation

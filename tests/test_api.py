@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from langchain_core.tools import tool
+from openai.types.chat import ChatCompletionChunk
 
 from app.api.app import create_app
 from app.api.streaming import sse
@@ -87,6 +88,8 @@ async def test_a_stream_has_text_thinking_tools_usage_and_an_end(world: World) -
     response = await world.chat(SUM, stream=True, stream_options={"include_usage": True})
     *chunks, end = events_of(response.text)
     assert end == "[DONE]"
+    for chunk in chunks:
+        ChatCompletionChunk.model_validate(chunk, strict=True)
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks if chunk["choices"]]
     assert deltas[0]["role"] == "assistant"
     assert "".join(delta.get("content", "") for delta in deltas) == "The result is 42."

@@ -18,6 +18,7 @@ from app.owners import owner_of
 from app.settings import Settings, SettingsError, load
 from feedback_store import Scope, Store
 from serving.versions import install_shipped
+from tests.databases import PASSWORD, Places
 from tests.test_versions import publish
 
 run = CliRunner()
@@ -103,7 +104,17 @@ def test_doctor_names_every_part_and_the_way_out() -> None:
         port = taken.getsockname()[1]
         result = run.invoke(app, ["doctor", "--json"], env={"WHETSTONE_API_PORT": str(port)})
     findings = {finding["name"]: finding for finding in json.loads(result.output)}
-    assert {"Python", "torch", "sandbox", "search index", "model", "store", "ports", "web search"} <= set(findings)
+    assert {
+        "Python",
+        "torch",
+        "sandbox",
+        "search index",
+        "model",
+        "store",
+        "ports",
+        "connections",
+        "web search",
+    } <= set(findings)
     assert findings["ports"]["state"] == "warning"
     assert "WHETSTONE_API_PORT" in findings["ports"]["said"]
     assert all(finding["mend"] for finding in findings.values() if finding["state"] != "ok")
@@ -124,6 +135,25 @@ def test_a_damaged_store_is_one_line(home: Path) -> None:
     result = run.invoke(app, ["queue"])
     assert result.exit_code == 1
     assert "not an SQLite database" in " ".join(result.output.split())
+
+
+def test_a_store_on_a_server_is_named_without_its_password(place: str, places: Places) -> None:
+    if places.kind == "sqlite":
+        pytest.skip("a file has no password")
+    for url, state in ((place, "ok"), (place.replace("/test_", "/gone_"), "failed")):
+        result = run.invoke(app, ["doctor", "--json"], env={"WHETSTONE_STORE_URL": url})
+        (found,) = [finding for finding in json.loads(result.output) if finding["name"] == "store"]
+        assert (found["state"], PASSWORD in result.output) == (state, False)
+        assert "whetstone:***@" in found["said"]
+        result = run.invoke(app, ["queue"], env={"WHETSTONE_STORE_URL": url})
+        assert (result.exit_code == 0, PASSWORD in result.output) == (state == "ok", False)
+
+
+def test_a_secret_that_cant_be_used_isnt_repeated() -> None:
+    with pytest.raises(SettingsError) as caught:
+        load(store_url=["s3cret"], engine_admin_key=["s3cret"])
+    assert "store_url" in str(caught.value)
+    assert "s3cret" not in str(caught.value)
 
 
 def test_an_empty_question_is_refused() -> None:

@@ -1,7 +1,9 @@
 """The embedded engine: the contract of every engine, its parity with the trainer's model, and its own ways."""
 
+import contextlib
 import json
 
+import httpx
 import pytest
 import torch
 
@@ -58,6 +60,24 @@ class TestEmbedded(EngineContract):
             await bench.engine.load("broken", broken)
         with pytest.raises(CorruptVersion, match="another-base"):
             read_version(bench.adapter, "another-base")
+
+    async def test_a_connection_that_the_server_let_go_of_is_made_again(self, bench, monkeypatch):
+        client = bench.engine._served["base"].client
+        stream, failures = client.stream, iter([httpx.ReadError(""), httpx.RemoteProtocolError("disconnected")])
+
+        @contextlib.asynccontextmanager
+        async def failing(*args, **kwargs):
+            if (failure := next(failures, None)) is not None:
+                raise failure
+            async with stream(*args, **kwargs) as response:
+                yield response
+
+        monkeypatch.setattr(client, "stream", failing)
+        request = GenerateRequest(bench.prompt("Hi"), "base", Sampling(max_tokens=3, seed=1))
+        assert len((await collect(bench.engine, request))[0]) == 3
+        failures = iter([httpx.ReadError("gone")] * 9)
+        with pytest.raises(EngineError, match="doesn't answer"):
+            await collect(bench.engine, request)
 
     async def test_a_grammar_holds_and_logprobs_stay_the_policys(self, bench):
         schema = {

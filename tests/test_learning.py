@@ -16,6 +16,7 @@ from serving.engines.base import Sampling
 from serving.engines.llamacpp import LlamaCppEngine
 from serving.trajectory import Done
 from serving.versions import VersionRouter
+from tests.databases import edit
 from tests.tiny_world import make_base, sums
 from tools.python import PythonTool
 from tools.search import SearchOptions, open_search
@@ -131,8 +132,24 @@ def test_an_empty_registry_is_refused(tmp_path, tiny, tools):
 
 def test_only_one_run_at_a_time(home, tiny, tools):
     path, store = home
-    with _only_run(path), pytest.raises(RunRefused, match="under way"):
+    with _only_run(path, store), pytest.raises(RunRefused, match="under way"):
         run_once(path, store, tiny, tools, options())
+
+
+def test_only_one_run_at_a_time_on_one_server(place, tmp_path, tiny, tools):
+    """From two homes, as two machines have them."""
+    with Store.open(place) as store:
+        run_id = store.start_run("r", {})
+        elsewhere = Store.open(place)
+        with _only_run(tmp_path / "one", store):
+            edit(place, "UPDATE runs SET host = 'elsewhere/1'")
+            store.beat()
+            edit(place, "UPDATE processes SET host = 'elsewhere/1'")
+            with pytest.raises(RunRefused, match=f"trains on the store|{run_id} is under way .* on elsewhere"):
+                run_once(tmp_path / "two", elsewhere, tiny, tools, options())
+        with pytest.raises(RunRefused, match=f"{run_id} is under way .* on elsewhere"):
+            run_once(tmp_path / "two", elsewhere, tiny, tools, options())
+        elsewhere.close()
 
 
 def test_a_failed_run_goes_on_where_it_was(home, tiny, tools, monkeypatch):

@@ -21,13 +21,13 @@ HELLO = {"model": "whetstone", "messages": [{"role": "user", "content": "hello"}
 
 
 async def test_a_request_keeps_its_id_everywhere(
-    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: BaseModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     written = io.StringIO()
     handler = logging.StreamHandler(written)
     handler.setFormatter(JsonLines())
     access.addHandler(handler)
-    monkeypatch.setattr(access, "level", logging.INFO)
+    caplog.set_level(logging.INFO, access.name)
     try:
         with Store.open(tmp_path / "store.db") as store:
             service, engine = make_service(base, store)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -120,3 +122,28 @@ def test_the_dashboard_asks_for_metrics_that_exist() -> None:
     assert asked <= there
     shown = {re.sub(r"_(total|bucket)$", "", name) for name in asked}
     assert shown == {family.name for family in registry.collect() if family.name.startswith("whetstone_")}
+
+
+def test_every_metric_that_operators_look_for_is_there() -> None:
+    """vLLM's and SGLang's names, behind our prefix."""
+    there = {family.name.removeprefix("whetstone_") for family in Metrics().registry.collect()}
+    assert {
+        "time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds", "prompt_tokens",
+        "generation_tokens", "num_requests_running", "tool_calls", "tool_errors", "tool_call_seconds", "queue_tasks",
+        "http_requests", "answers", "version_in_service", "engine_up",
+    } <= there  # fmt: skip
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool isn't installed (Debian: prometheus)")
+def test_prometheus_reads_its_file_and_the_dashboards_queries(tmp_path: Path) -> None:
+    dashboard = json.loads((ROOT / "deploy/grafana/whetstone.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    rules = [
+        {"record": f"query_{number}", "expr": re.sub(r"\$__\w+", "5m", query).replace("$version", ".*")}
+        for number, query in enumerate(queries)
+    ]
+    file = tmp_path / "rules.yml"
+    file.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))  # JSON is YAML
+    for command in (["config", str(ROOT / "deploy/prometheus.yml")], ["rules", str(file)]):
+        checked = subprocess.run(["promtool", "check", *command], capture_output=True, text=True, check=False)
+        assert checked.returncode == 0, checked.stdout + checked.stderr

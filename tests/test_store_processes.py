@@ -1,4 +1,4 @@
-"""Server and trainer share the file: claims are exclusive, and a process that is killed loses nothing acknowledged."""
+"""Server and trainer share the store: claims are exclusive, and a process that is killed loses nothing acknowledged."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 import multiprocessing
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -17,12 +17,16 @@ from typing import Any
 
 import pytest
 
-from feedback_store import Store, StoreError
-from feedback_store.database import parse_location
+from feedback_store import RunUnderWay, Store, StoreError
+from feedback_store.database import parse_location, utc_now
 from feedback_store.migrate import bring_up_to_date
+from feedback_store.presence import lives
+from feedback_store.processes import Process, this_process
+from tests.databases import Places, count, edit, rows
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are told apart by /proc")
-PROCESSES = 10
+ASK = [{"role": "user", "content": "?"}]
+PROCESSES = 16
 
 
 def at_once(work: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -48,9 +52,9 @@ def at_once(work: Callable[..., Any], *arguments: Any) -> list[Any]:
     return gathered
 
 
-def claim_all(path: Path) -> list[str]:
+def claim_all(place: str) -> list[str]:
     done: list[str] = []
-    with Store.open(path) as store:
+    with Store.open(place) as store:
         run = store.start_run("r", {})
         while claimed := store.claim(run, 3):
             done += store.complete(run, [task.id for task in claimed[:2]])
@@ -58,50 +62,49 @@ def claim_all(path: Path) -> list[str]:
     return done
 
 
-def test_processes_that_claim_at_once_never_share_a_task(tmp_path: Path) -> None:
-    path = tmp_path / "s.db"
-    with Store.open(path) as store:
+def test_processes_that_claim_at_once_never_share_a_task(place: str) -> None:
+    with Store.open(place) as store:
         ids = {store.add_task([{"role": "user", "content": str(n)}], "math", "1", "k", "s")[0] for n in range(60)}
-        counts = Counter(task_id for done in at_once(claim_all, path) for task_id in done)
+        counts = Counter(task_id for done in at_once(claim_all, place) for task_id in done)
         assert set(counts) == ids
         assert set(counts.values()) == {1}
         assert store.queue_stats()["done"] == len(ids)
 
 
-def rate(path: Path, turn_id: str) -> list[tuple[str | None, str]]:
-    with Store.open(path) as store:
+def rate(place: str, turn_id: str) -> list[tuple[str | None, str]]:
+    with Store.open(place) as store:
         outcomes = [store.add_outcome(turn_id, "client", 1.0, "math", str(gold)) for gold in range(5)]
     return [(outcome.task_id, outcome.note) for outcome in outcomes]
 
 
-def test_outcomes_from_many_processes_make_each_task_once(tmp_path: Path) -> None:
-    path = tmp_path / "s.db"
-    with Store.open(path) as store:
+def test_outcomes_from_many_processes_make_each_task_once(place: str) -> None:
+    with Store.open(place) as store:
         turn_id = store.begin_turn(store.create_conversation("ada"), [{"role": "user", "content": "?"}], "v0", [])
-        answers = [answer for answered in at_once(rate, path, turn_id) for answer in answered]
+        answers = [answer for answered in at_once(rate, place, turn_id) for answer in answered]
         assert {task.id for task in store.tasks()} == {task_id for task_id, _ in answers}
         assert len(store.tasks()) == 5
         assert sum(note == "" for _, note in answers) == 5
         assert len(store.outcomes(turn_id)) == PROCESSES * 5
 
 
-def open_and_write(path: Path) -> str:
-    with Store.open(path) as store:
+def open_and_write(place: str) -> str:
+    with Store.open(place) as store:
         return store.create_conversation("ada")
 
 
-def test_processes_may_create_the_file_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "s.db"
-    conversations = at_once(open_and_write, path)
-    with Store.open(path) as store:
+def test_processes_may_create_the_store_at_once(places: Places) -> None:
+    place = places.blank()
+    conversations = at_once(open_and_write, place)
+    with Store.open(place) as store:
         assert {c.id for c in store.conversations()} == set(conversations)
 
 
-def test_processes_that_open_an_old_file_at_once_migrate_it_once(tmp_path: Path) -> None:
-    path = tmp_path / "s.db"
-    bring_up_to_date(parse_location(path), 5, revision="0001")
-    assert len(set(at_once(open_and_write, path))) == PROCESSES
-    assert len(list(tmp_path.glob("*.bak"))) == 1
+def test_processes_that_open_an_old_store_at_once_migrate_it_once(places: Places) -> None:
+    place = places.blank()
+    bring_up_to_date(parse_location(place), 5, revision="0001")
+    assert len(set(at_once(open_and_write, place))) == PROCESSES
+    if places.kind == "sqlite":
+        assert len(list(Path(place).parent.glob("*.bak"))) == 1
 
 
 WRITER = """
@@ -117,10 +120,9 @@ for n in range(10**6):
 """
 
 
-def test_a_killed_writer_loses_nothing_acknowledged(tmp_path: Path) -> None:
-    path = tmp_path / "s.db"
-    with Store.open(path) as store:
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+def test_a_killed_writer_loses_nothing_acknowledged(place: str, places: Places) -> None:
+    with Store.open(place) as store:
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, place], stdout=subprocess.PIPE, text=True)
         assert writer.stdout is not None
         turn_id = writer.stdout.readline().strip()
         acknowledged = [int(writer.stdout.readline()) for _ in range(20)]
@@ -140,33 +142,29 @@ def test_a_killed_writer_loses_nothing_acknowledged(tmp_path: Path) -> None:
         assert all(s.observation and s.observation.text == f"seen {s.index}" for s in turn.steps)
         assert store.turn(mine).status == "running"
         assert store.recover() == 0
-    with sqlite3.connect(path) as connection:
-        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    if places.kind == "sqlite":
+        assert rows(place, "PRAGMA integrity_check") == [("ok",)]
 
 
-def test_a_turn_of_another_host_is_left_alone_until_it_is_old(tmp_path: Path) -> None:
-    path = tmp_path / "s.db"
-    time = datetime(2026, 1, 1, tzinfo=UTC)
-    with Store.open(path, now=lambda: time) as store:
+def test_a_turn_of_another_host_is_left_alone_until_it_is_old(place: str) -> None:
+    moment = datetime(2026, 1, 1, tzinfo=UTC)
+    with Store.open(place, now=lambda: moment) as store:
         turn_id = store.begin_turn(store.create_conversation("me"), [{"role": "user", "content": "hi"}], "v0", [])
-        with sqlite3.connect(path) as connection:
-            connection.execute("UPDATE turns SET host = 'elsewhere', pid = 1")
-        connection.close()
-        time += timedelta(hours=23)
+        edit(place, "UPDATE turns SET host = 'elsewhere', pid = 1")
+        moment += timedelta(hours=23)
         assert store.recover() == 0
-        time += timedelta(hours=2)
+        moment += timedelta(hours=2)
         assert store.recover() == 1
         # It was only out of sight: its process may still end it.
         store.finish_turn(turn_id, "hello", "done")
         assert store.turn(turn_id).status == "done"
 
 
-def test_a_run_whose_process_died_is_not_alive(tmp_path: Path) -> None:
-    path = tmp_path / "s.db"
+def test_a_run_whose_process_died_is_not_alive(place: str) -> None:
     start = "import sys; from feedback_store import Store; print(Store.open(sys.argv[1]).start_run('r', {}))"
-    started = subprocess.run([sys.executable, "-c", start, str(path)], capture_output=True, text=True, check=True)
+    started = subprocess.run([sys.executable, "-c", start, place], capture_output=True, text=True, check=True)
     run_id = started.stdout.strip()
-    with Store.open(path) as store:
+    with Store.open(place) as store:
         assert (store.run(run_id).status, store.run(run_id).alive) == ("running", False)
         store.set_stage(run_id, "train", {"resumed": True})
         assert store.run(run_id).alive
@@ -174,8 +172,8 @@ def test_a_run_whose_process_died_is_not_alive(tmp_path: Path) -> None:
         assert store.run(run_id).alive is None
 
 
-def test_a_store_is_not_carried_across_a_fork(tmp_path: Path) -> None:
-    with Store.open(tmp_path / "s.db") as store:
+def test_a_store_is_not_carried_across_a_fork(place: str) -> None:
+    with Store.open(place) as store:
         store.create_conversation("ada")
         reading, writing = os.pipe()
         child = os.fork()
@@ -192,3 +190,68 @@ def test_a_store_is_not_carried_across_a_fork(tmp_path: Path) -> None:
         os.close(reading)
         os.close(writing)
         assert len(store.conversations()) == 1
+
+
+def test_a_process_of_another_host_lives_as_long_as_it_says_so(place: str) -> None:
+    moment = datetime(2026, 1, 1, tzinfo=UTC)
+    with Store.open(place, now=lambda: moment) as store:
+        store.beat(60)
+        turn_id = store.begin_turn(store.create_conversation("me"), ASK, "v0", [])
+        run_id = store.start_run("r", {})
+        for table in ("processes", "turns", "runs"):
+            edit(place, f"UPDATE {table} SET host = 'elsewhere/1'")
+        moment += timedelta(seconds=59)
+        assert (store.recover(), store.run(run_id).alive, store.runs()[0].alive) == (0, True, True)
+        with pytest.raises(RunUnderWay, match=rf"{run_id} is under way in process {os.getpid()} on elsewhere\."):
+            store.only_run().__enter__()
+        moment += timedelta(seconds=2)
+        assert (store.recover(), store.run(run_id).alive) == (1, False)
+        assert store.turn(turn_id).status == "interrupted"
+        with store.only_run():
+            store.set_stage(run_id, "train", {})  # goes on here
+            assert store.run(run_id).alive
+
+
+def test_a_process_that_is_present_beats_until_it_leaves(place: str) -> None:
+    beats = multiprocessing.Semaphore(0)
+    with Store.open(place) as store:
+        with store.present(beats.release, every=0.05):
+            for _ in range(3):
+                assert beats.acquire(timeout=60)
+            assert count(place, "processes") == 1
+        edit(place, "UPDATE processes SET host = 'elsewhere/1'")
+        me = this_process()
+        with store._read() as connection:
+            gone = lives(connection, Process("elsewhere/1", me.pid, me.started), utc_now())
+        assert gone is False, "it said that it ended"
+
+
+HOLDER = """
+import sys
+from feedback_store import Store
+with Store.open(sys.argv[1]) as store, store.only_run():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_process_trains_on_a_server(place: str, places: Places) -> None:
+    """On SQLite the run's home is the store's, and a lock of that home says so."""
+    if places.kind == "sqlite":
+        pytest.skip("the home's lock is tested in test_loop")
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, place], stdin=-1, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with Store.open(place) as store:
+        with pytest.raises(RunUnderWay, match="Another process trains"), store.only_run():
+            pass
+        holder.kill()
+        holder.wait()
+        for _ in range(600):  # the server notices that the session's process is gone
+            try:
+                with store.only_run():
+                    break
+            except RunUnderWay:
+                time.sleep(0.05)
+        else:
+            raise AssertionError("the lock outlived its process")

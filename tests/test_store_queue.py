@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 
 from feedback_store import InvalidRecord, NotFound, QueueFull, Store
 from online_rl.tasks.base import ask
+from tests.databases import Places
 
 
 class Clock:
@@ -35,8 +40,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def store(tmp_path: Path, clock: Clock) -> Iterator[Store]:
-    with Store.open(tmp_path / "queue.db", now=clock) as opened:
+def store(place: str, clock: Clock) -> Iterator[Store]:
+    with Store.open(place, now=clock) as opened:
         yield opened
 
 
@@ -132,8 +137,8 @@ def test_a_claim_may_ask_for_more_than_there_is(store: Store) -> None:
     assert store.complete(run, ids) == ids
 
 
-def test_a_full_queue_refuses_new_tasks_only(tmp_path: Path) -> None:
-    with Store.open(tmp_path / "s.db", max_pending=2) as store:
+def test_a_full_queue_refuses_new_tasks_only(place: str) -> None:
+    with Store.open(place, max_pending=2) as store:
         ids = add(store, "a", "b")
         with pytest.raises(QueueFull, match="2 tasks wait"):
             add(store, "c")
@@ -186,22 +191,19 @@ class QueueModel(RuleBasedStateMachine):
     """Each rule does the same to the store and to a dict, and every answer must agree."""
 
     runs = Bundle("runs")
-    template: Path | None = None
+    places: Places
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = tempfile.TemporaryDirectory()
-        path = Path(self.folder.name, "queue.db")
-        if QueueModel.template and QueueModel.template.exists():
-            shutil.copy(QueueModel.template, path)
+        self.place = self.places.new()
         self.clock = Clock()
-        self.store = Store.open(path, now=self.clock, max_pending=6)
+        self.store = Store.open(self.place, now=self.clock, max_pending=6)
         self.model: dict[str, Modelled] = {}
         self.by_question: dict[int, str] = {}
 
     def teardown(self) -> None:
         self.store.close()
-        self.folder.cleanup()
+        self.places.drop(self.place)
 
     def held(self, run: str) -> list[str]:
         return [i for i, t in self.model.items() if t.state == "claimed" and t.run == run]
@@ -278,13 +280,6 @@ class QueueModel(RuleBasedStateMachine):
             assert stats[state] == sum(t.seen(now) == state for t in self.model.values())
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _an_empty_store_to_copy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    QueueModel.template = tmp_path_factory.mktemp("template") / "empty.db"
-    Store.open(QueueModel.template).close()
-    yield
-    QueueModel.template = None
-
-
-TestQueueModel = QueueModel.TestCase
-TestQueueModel.settings = settings(max_examples=15, stateful_step_count=25, deadline=None)
+def test_the_queue_is_its_model(places: Places) -> None:
+    QueueModel.places = places
+    run_state_machine_as_test(QueueModel, settings=settings(max_examples=15, stateful_step_count=25, deadline=None))

@@ -23,6 +23,7 @@ from feedback_store.database import parse_location
 from feedback_store.migrate import bring_up_to_date
 from feedback_store.tool_results import call_hash, steps_with_results
 from serving.trajectory import Observation, Step
+from tests.databases import Places, count, edit
 
 NOW = "2026-01-02 03:04:05.000000"
 SOURCE = {"title": "Ulaanbaatar", "url": "https://example.org/ub", "source": "ddgs", "retrieved_at": "2026-01-02"}
@@ -30,8 +31,8 @@ FOUND = Observation("search", "Ulaanbaatar is the capital.", artifact={"sources"
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    with Store.open(tmp_path_factory.mktemp("store") / "record.db") as opened:
+def store(places: Places) -> Iterator[Store]:
+    with Store.open(places.new()) as opened:
         yield opened
 
 
@@ -56,21 +57,11 @@ def asked(store: Store, *steps: Step, conversation: str = "") -> str:
     return turn_id
 
 
-def edit(path: Path, statement: str, *values: Any) -> None:
-    with closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute(statement, values)
-
-
-def count(path: Path, table: str) -> int:
-    with closing(sqlite3.connect(path)) as connection:
-        return int(connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
-
-
 # -- kept once
 
 
-def test_a_result_that_is_seen_often_is_kept_once(path: Path) -> None:
-    with Store.open(path) as store:
+def test_a_result_that_is_seen_often_is_kept_once(place: str) -> None:
+    with Store.open(place) as store:
         first = asked(store, step(FOUND), step(replace(FOUND, seconds=9.0), index=1))
         second = asked(store, step(FOUND, "Mongolia's capital"), step(None, "Ulaanbaatar", 1))
         one, again = store.tool_results(turn_id=first)
@@ -82,7 +73,7 @@ def test_a_result_that_is_seen_often_is_kept_once(path: Path) -> None:
             (second, 0, "Mongolia's capital"),
         ]
         assert vars(one.observation) == vars(FOUND)
-    assert count(path, "tool_results") == 1
+    assert count(place, "tool_results") == 1
 
 
 def test_whatever_differs_in_content_has_another_hash() -> None:
@@ -100,9 +91,9 @@ def test_the_hash_is_the_same_in_every_release() -> None:
     assert call_hash("search", "é\0") == "070caaed916ddb31cd3eb189c7436d42afb2d01ebeffb70df6a48e2782f37697"
 
 
-def write_the_same(path: Path, start: Any, number: int) -> None:
+def write_the_same(place: str, start: Any, number: int) -> None:
     start.wait(30)
-    with Store.open(path) as store:
+    with Store.open(place) as store:
         turn_id = begin(store)
         for index in range(20):
             store.append_step(
@@ -110,18 +101,18 @@ def write_the_same(path: Path, start: Any, number: int) -> None:
             )
 
 
-def test_processes_that_write_the_same_results_at_once_keep_each_once(path: Path) -> None:
-    Store.open(path).close()
+def test_processes_that_write_the_same_results_at_once_keep_each_once(place: str) -> None:
+    Store.open(place).close()
     context = multiprocessing.get_context("fork")
     start = context.Barrier(6)
-    writers = [context.Process(target=write_the_same, args=(path, start, number)) for number in range(6)]
+    writers = [context.Process(target=write_the_same, args=(place, start, number)) for number in range(6)]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join(60)
     assert [writer.exitcode for writer in writers] == [0] * 6
-    assert (count(path, "tool_results"), count(path, "steps")) == (20, 120)
-    with Store.open(path) as store:
+    assert (count(place, "tool_results"), count(place, "steps")) == (20, 120)
+    with Store.open(place) as store:
         for number in range(6):
             seen = store.recorded_result("search", f"query 7 of {number}")
             assert seen is not None
@@ -197,9 +188,9 @@ def test_an_artifact_that_json_cannot_hold_loses_no_text(store: Store, artifact:
 # -- found
 
 
-def test_the_newest_result_of_a_call_is_found(path: Path) -> None:
+def test_the_newest_result_of_a_call_is_found(place: str) -> None:
     moments = iter(datetime(2026, 1, day, tzinfo=UTC) for day in range(1, 29))
-    with Store.open(path, now=lambda: next(moments)) as store:
+    with Store.open(place, now=lambda: next(moments)) as store:
         here, there = store.create_conversation("ada"), store.create_conversation("bob")
         old = asked(store, step(replace(FOUND, text="old")), conversation=here)
         new = asked(store, step(replace(FOUND, text="new")), conversation=there)

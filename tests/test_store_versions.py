@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 
@@ -31,8 +30,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def store(tmp_path: Path, clock: Clock) -> Iterator[Store]:
-    with Store.open(tmp_path / "s.db", now=clock) as opened:
+def store(place: str, clock: Clock) -> Iterator[Store]:
+    with Store.open(place, now=clock) as opened:
         for name, parent in (("v0", None), ("v1", "v0"), ("v2", "v1"), ("v3", "v2")):
             opened.add_version(name, parent, name, {}, "published")
         opened.set_current("v1", "test")

@@ -6,26 +6,12 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from online_rl.rollouts import Rollout
 from online_rl.tasks.base import Task
 from serving.trajectory import Step, Trajectory
-
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte (256 of them), and three special ones."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=SPECIAL[0], bos_token=SPECIAL[1], eos_token=SPECIAL[2]
-    )
+from tests.tiny_tokenizer import tiny_tokenizer
 
 
 def tiny_model(seed: int = 0, hidden: int = 64, layers: int = 2) -> LlamaForCausalLM:

@@ -14,6 +14,7 @@ from app.keys import KeyRing
 from app.logs import RequestIds
 from app.service import Service
 from app.settings import Settings
+from app.tracing import Tracing
 
 
 def create_app(service: Service, settings: Settings) -> FastAPI:
@@ -39,7 +40,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
         healthy, report = await service.health()
         return JSONResponse(report, 200 if healthy else 503)
 
-    # The last one added is the outermost: the id, the count, origins, the key, its limits.
+    # The last one added is the outermost: the trace, the id, the count, origins, the key, its limits.
     app.add_middleware(Limits, settings=settings)
     app.add_middleware(Guard, settings=settings, keys=KeyRing(service.store, settings))
     if settings.cors_origins:  # a key travels in a header and never in a cookie, so no credentials
@@ -52,4 +53,6 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
         )
     app.add_middleware(metrics.Counted, metrics=service.metrics)
     app.add_middleware(RequestIds)
+    if isinstance(service.tracing, Tracing):
+        app.add_middleware(service.tracing.middleware)
     return app

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
+from pydantic_core import to_json
 
 from app.api import choices, wire
 from app.api.asked import said_in_chat, to_messages, to_sampling, to_terms
@@ -106,20 +106,24 @@ async def _events(
     async with aclosing(events):
         try:
             for chunks in answers:
-                yield sse(chunks.first().model_dump_json(exclude_unset=True))
+                yield _event(chunks.first())
             step: tuple[int, ServiceEvent] | None = first
             while step is not None:
                 index, event = step
                 if isinstance(event, Finished):
                     finished.append(event)
                     for chunk in answers[index].last(event):
-                        yield sse(chunk.model_dump_json(exclude_unset=True))
+                        yield _event(chunk)
                 elif not isinstance(event, Started) and (more := answers[index].event(event)) is not None:
-                    yield sse(more.model_dump_json(exclude_unset=True))
+                    yield _event(more)
                 step = await anext(events, None)
             if include_usage:
-                yield sse(answers[0].usage(finished).model_dump_json(exclude_unset=True))
+                yield _event(answers[0].usage(finished))
         except Exception as error:
-            yield sse(json.dumps(as_api_error(error).body))
+            yield _event(as_api_error(error).body)
             return
         yield sse("[DONE]")
+
+
+def _event(payload: wire.Chunk) -> str:
+    return sse(to_json(payload).decode())

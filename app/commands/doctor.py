@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from app.settings import Settings
 
 State = Literal["ok", "warning", "failed"]
+_FEW_FILES = 4096
 _MARKS = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "failed": "[red]✗[/]"}
 
 
@@ -137,16 +138,17 @@ def _answers(url: str) -> bool:
 
 
 def check_store(settings: Settings) -> Finding:
-    from feedback_store import Store, StoreError
+    from app.record import open_store
+    from feedback_store import StoreError
 
-    if not settings.store_path.exists():
+    if settings.store_url is None and not settings.store_path.exists():
         return Finding("store", "ok", f"none yet; `whetstone up` makes {settings.store_path}")
     try:
-        with Store.open(settings.store_path, max_pending=settings.queue_max) as store:
-            pending, current = store.queue_stats()["pending"], store.current_version()
+        with open_store(settings) as store:
+            pending, current, where = store.queue_stats()["pending"], store.current_version(), store.where
     except StoreError as error:
-        return Finding("store", "failed", str(error), "See the message; the file itself is left as it is.")
-    return Finding("store", "ok", f"{settings.store_path}: version {current} in service, {pending} tasks waiting")
+        return Finding("store", "failed", str(error), "See the message; what is recorded is left as it is.")
+    return Finding("store", "ok", f"{where}: version {current} in service, {pending} tasks waiting")
 
 
 def check_ports(settings: Settings) -> Finding:
@@ -158,6 +160,18 @@ def check_ports(settings: Settings) -> Finding:
         except PortTaken as error:
             return Finding("ports", "warning", str(error), "If that is a running Whetstone, all is well.")
     return Finding("ports", "ok", f"{settings.api_port} and {settings.web_port} are free on {settings.host}")
+
+
+def check_connections(_: Settings) -> Finding:
+    """Each connection is an open file, an answer several; `whetstone up` raises its limit as far as it may."""
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard != resource.RLIM_INFINITY and hard < _FEW_FILES:
+        mend = f"Raise it to {_FEW_FILES} or more: `ulimit -Hn`, or LimitNOFILE of the systemd service."
+        return Finding("connections", "warning", f"a process may open {hard} files at most", mend)
+    shown = "any number of" if hard == resource.RLIM_INFINITY else str(hard)
+    return Finding("connections", "ok", f"a process may open {shown} files")
 
 
 def check_network(settings: Settings) -> Finding:
@@ -181,5 +195,6 @@ CHECKS: tuple[Callable[[Settings], Finding], ...] = (
     check_engine,
     check_store,
     check_ports,
+    check_connections,
     check_network,
 )

@@ -52,7 +52,7 @@ async def _run(settings: Settings) -> None:
 
             def ready() -> None:
                 status.stop()
-                console.out.print(_panel(settings, service.router.current))
+                console.out.print(_panel(settings, service.router.current, service.store.where))
 
             def stopping() -> None:
                 left = service.in_flight
@@ -65,7 +65,7 @@ async def _run(settings: Settings) -> None:
                 await serve(apps, settings, ready, stopping)
 
 
-def _panel(settings: Settings, version: str) -> Panel:
+def _panel(settings: Settings, version: str, record: str) -> Panel:
     from app.owners import owner_of
 
     host = settings.display_host
@@ -73,7 +73,7 @@ def _panel(settings: Settings, version: str) -> Panel:
     rows.add_row("Chat", f"[bold link]http://{host}:{settings.web_port}[/]")
     rows.add_row("Endpoint", f"[bold]http://{host}:{settings.api_port}/v1[/]  model [bold]{settings.model_name}[/]")
     rows.add_row("Serving", version)
-    rows.add_row("Record", str(settings.store_path))
+    rows.add_row("Record", record)
     for key in settings.api_keys:
         rows.add_row("Login", f"user [bold]{owner_of(key.get_secret_value().encode())}[/], its API key as the password")
     rows.add_row("", "[dim]Ctrl-C to stop[/]")

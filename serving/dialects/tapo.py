@@ -166,13 +166,13 @@ class Parser:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
+        self._decoded = ""
+        self._ids: list[int] = []  # that aren't decoded for good: the bytes of a character that isn't whole
         self._shown = {"think": 0, "answer": 0}
 
     @property
     def text(self) -> str:
-        decoded: str = self._tokenizer.decode(self._ids, skip_special_tokens=False)
-        return decoded
+        return self._decoded + str(self._tokenizer.decode(self._ids, skip_special_tokens=False))
 
     @property
     def answering(self) -> bool:
@@ -185,7 +185,10 @@ class Parser:
 
     def feed(self, token_ids: Sequence[int]) -> list[Thinking | AnswerText]:
         self._ids += token_ids
-        text = self.text.rstrip("\ufffd")  # the rest of a character is still to come
+        text = self.text
+        if not text.endswith("\ufffd"):  # byte-level tokens decode alike in one go and in pieces of whole characters
+            self._decoded, self._ids = text, []
+        text = text.rstrip("\ufffd")  # the rest of a character is still to come
         events: list[Thinking | AnswerText] = []
         if grown := self._grown("think", _THOUGHT.search(text), text):
             events.append(Thinking(grown))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "eos", "length", "abort"]
+
+trace_headers: ContextVar[Mapping[str, str] | None] = ContextVar("trace_headers", default=None)
+"""W3C trace context of what is asked of the engine, where traces are on: one over HTTP sends it along."""
 
 
 class EngineError(RuntimeError):

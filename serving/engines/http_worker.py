@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 
 import httpx
 
-from serving.engines.base import EngineError
+from serving.engines.base import EngineError, trace_headers
 
 T = TypeVar("T")
 
@@ -76,7 +76,8 @@ class HttpWorker(ABC):
             base_url=self.url,
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(self._patience.connect, read=None, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            # A connection is let go before the server does it, after five seconds: a request may be on its way then.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2),
             trust_env=False,  # an engine is reached directly, never through a proxy for the web
         )
 
@@ -115,7 +116,8 @@ class HttpWorker(ABC):
         stack = contextlib.AsyncExitStack()
         async with stack:
             with self._failures():
-                sending = stack.enter_async_context(self._client.stream("POST", route, json=body))
+                traced = dict(trace_headers.get() or {})
+                sending = stack.enter_async_context(self._client.stream("POST", route, json=body, headers=traced))
                 response = await self._soon(sending)
                 if response.status_code != 200:
                     raise self.refusal(response.status_code, (await self._soon(response.aread())).decode("utf8"))

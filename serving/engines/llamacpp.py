@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -23,6 +24,10 @@ from serving.engines.gguf_export import UnsupportedModel, write_adapter
 from serving.engines.users import Users
 from serving.model import BaseModel
 
+_TRIES = 3  # to begin a generation
+# How often its threads look for each other before they sleep. By default they look for milliseconds, and on a machine
+# with other work so keep the one they wait for from running: 4 tokens in 24 s, where this makes over a hundred in 12.
+_SPINS = "2000"
 _TOP_P_AMONG = 1024  # top_p sorts its candidates: the whole vocabulary takes longer than the model itself
 # Of JSON under a grammar: else a small policy may write blanks for ever.
 _SPACING = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
@@ -135,7 +140,8 @@ class LlamaCppEngine:
         if request.json_schema is not None:
             body["json_schema"] = {**request.json_schema, "x-guidance": _SPACING}
         try:
-            async with served.client.stream("POST", "/completion", json=body) as response:
+            async with contextlib.AsyncExitStack() as stack:
+                response = await _asked(served, body, stack)
                 if response.status_code != 200:
                     raise _refused(request, response.status_code, (await response.aread()).decode(errors="replace"))
                 async for event in _events(response):
@@ -156,6 +162,8 @@ class LlamaCppEngine:
         raise EngineError(f"The engine of version {request.version!r} stopped in mid-answer.")
 
     def _start(self, version: str, path: Path | None) -> _Served:
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)  # read when the library is loaded
         import xllamacpp
 
         key = secrets.token_urlsafe(16)  # its port is on loopback, but other users of the machine share that
@@ -185,6 +193,18 @@ class LlamaCppEngine:
             limits=httpx.Limits(max_keepalive_connections=0),
         )
         return _Served(server, client, {slot: [] for slot in range(self.slots)}, asyncio.Semaphore(self.slots))
+
+
+async def _asked(served: _Served, body: dict[str, Any], stack: contextlib.AsyncExitStack) -> httpx.Response:
+    """The server lets go of a connection on which nothing comes for five seconds. On a machine so busy that a request
+    takes longer to be sent it is made again: nothing was drawn yet."""
+    for left in reversed(range(_TRIES)):
+        try:
+            return await stack.enter_async_context(served.client.stream("POST", "/completion", json=body))
+        except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError):
+            if not left:
+                raise
+    raise AssertionError("the last try returns or raises")
 
 
 def adapter_gguf(path: Path, base: BaseModel) -> Path:
@@ -224,6 +244,4 @@ async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
 
 
 def _cores() -> int:
-    import os
-
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
