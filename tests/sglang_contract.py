@@ -7,94 +7,40 @@ the two answer alike. It computes each token by transformers and PEFT, so its lo
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import socket
-import threading
-import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-import uvicorn
-from peft import PeftModel
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-_LOADING = threading.RLock()  # transformers patches torch while it loads: one load at a time, over all servers
+from tests.recorded_server import RecordedServer
+
 ADMIN = ("load_lora_adapter", "unload_lora_adapter", "update_weights_from_disk", "abort_request",
          "pause_generation", "continue_generation")  # fmt: skip
 
 
 @dataclass
-class RecordedSGLang:
-    """One server's state. A test may set `silent` (says nothing more) or `die_after` (tokens, then it hangs up)."""
-
-    model_path: Path
-    key: str = "secret"
-    max_lora_rank: int = 16
+class RecordedSGLang(RecordedServer):
+    maker: str = "sglang"
     seeded: bool = True
     original_logprobs: bool = True
     incremental: bool = False
     weight_version: str = "default"
-    silent: bool = False
-    die_after: int | None = None
     refuse_updates: bool = False
     aborted: list[str] = field(default_factory=list)
-    generated: int = 0
-    running: int = 0
 
     def __post_init__(self) -> None:
-        torch.set_num_threads(1)  # so small a model gains nothing from more, and tests share the machine
-        self.tokenizer = AutoTokenizer.from_pretrained(str(self.model_path))
-        self.first_path = str(self.model_path)
-        self.adapters: dict[str, str] = {}
+        super().__post_init__()
         self.may_run = asyncio.Event()
         self.may_run.set()
-        self._load(self.first_path)
-
-    def _load(self, path: str) -> None:
-        with _LOADING:
-            self.base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-            self.path = path
-            self.peft: PeftModel | None = None
-            for name, adapter in self.adapters.items():
-                self._attach(name, adapter)
-
-    def _attach(self, name: str, path: str) -> None:
-        with _LOADING:
-            if self.peft is None:
-                self.peft = PeftModel.from_pretrained(self.base, path, adapter_name=name).eval()
-            else:
-                self.peft.load_adapter(path, name)
-
-    @torch.no_grad()
-    def logits(self, ids: list[int], adapter: str | None) -> torch.Tensor:
-        """(vocabulary,) after these tokens."""
-        tokens = torch.tensor([ids])
-        if self.peft is None:
-            return self.base(tokens).logits[0, -1]
-        if adapter is None:
-            with self.peft.disable_adapter():
-                return self.peft(tokens).logits[0, -1]
-        self.peft.set_adapter(adapter)
-        return self.peft(tokens).logits[0, -1]
 
     # -- routes
-
-    async def health(self, _: Request) -> Response:
-        await self._speak()
-        return Response()
-
-    async def _speak(self) -> None:
-        while self.silent:  # noqa: ASYNC110 - set by another thread
-            await asyncio.sleep(0.05)
 
     async def model_info(self, _: Request) -> Response:
         return JSONResponse({
@@ -111,16 +57,6 @@ class RecordedSGLang:
             "enable_deterministic_inference": self.seeded, "incremental_streaming_output": self.incremental,
             "max_total_num_tokens": 16384, "version": "0.5.23",
         })  # fmt: skip
-
-    async def models(self, _: Request) -> Response:
-        card = {"object": "model", "created": int(time.time()), "owned_by": "sglang"}
-        length = self.base.config.max_position_embeddings
-        cards = [card | {"id": self.path, "root": self.path, "parent": None, "max_model_len": length}]
-        cards += [
-            card | {"id": name, "root": path, "parent": self.path, "max_model_len": None}
-            for name, path in self.adapters.items()
-        ]
-        return JSONResponse({"object": "list", "data": cards})
 
     async def load_lora(self, request: Request) -> Response:
         body = await request.json()
@@ -140,12 +76,7 @@ class RecordedSGLang:
         name = (await request.json())["lora_name"]
         if name not in self.adapters:
             return self._lora_answer(f"LoRA with name {name} does not exist.")
-        del self.adapters[name]
-        if self.adapters:
-            assert self.peft is not None
-            self.peft.delete_adapter(name)
-        else:
-            self._load(self.path)
+        self._detach(name)
         return self._lora_answer("")
 
     def _lora_answer(self, problem: str) -> Response:
@@ -285,13 +216,6 @@ class RecordedSGLang:
         finally:
             self.running -= 1
 
-    def _draw(self, logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-        if temperature == 0:
-            return int(logits.argmax())
-        chances, order = (logits / temperature).softmax(-1).sort(descending=True)
-        chances = torch.where(chances.cumsum(-1) - chances < top_p, chances, 0.0)
-        return int(order[torch.multinomial(chances, 1, generator=generator)])
-
     def app(self) -> Starlette:
         guarded = {name: Route(f"/{name}", self._guard(handler), methods=["POST"]) for name, handler in zip(
             ADMIN, (self.load_lora, self.unload_lora, self.update, self.abort, self.pause, self.resume), strict=True
@@ -301,29 +225,3 @@ class RecordedSGLang:
             Route("/server_info", self.server_info), Route("/v1/models", self.models),
             Route("/generate", self.generate, methods=["POST"]), *guarded.values(),
         ])  # fmt: skip
-
-    def _guard(self, handler: Any) -> Any:
-        async def guarded(request: Request) -> Response:
-            if request.headers.get("authorization") != f"Bearer {self.key}":
-                return JSONResponse({"error": "Unauthorized"}, 401)
-            return await handler(request)
-
-        return guarded
-
-
-@contextlib.contextmanager
-def served(app: Any, port: int = 0) -> Iterator[str]:
-    """The app over HTTP in a thread of its own; its URL."""
-    with socket.socket() as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(("127.0.0.1", port))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            server.should_exit = server.force_exit = True
-            thread.join(10)

@@ -10,7 +10,6 @@ import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from app.runtime import running_service
 from app.service import Finished, Question
@@ -18,31 +17,17 @@ from app.settings import Settings, SettingsError, load
 from serving.engines.base import EngineError, GenerateRequest, PromptTooLong, Sampling
 from serving.engines.sglang import SGLangEngine
 from serving.engines.sglang_weights import swap_weights
-from serving.engines.sglang_worker import Patience
 from tests.engine_contract import Bench, EngineContract, collect
-from tests.sglang_contract import RecordedSGLang, served
-from tests.tiny_model import save_tiny_model, tiny_policy, tiny_tokenizer
-
-PATIENCE = Patience(connect=5, silence=20, control=20, look=0.1)
+from tests.recorded_server import served, tiny_versions
+from tests.replica_contract import PATIENCE, ReplicaContract, ask, clusters, until
+from tests.sglang_contract import RecordedSGLang
+from tests.tiny_model import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A tiny model whose turns end now and then, other weights of it, an adapter, and the models that they make."""
     home = tmp_path_factory.mktemp("tiny")
-    for name, seed in (("base", 1), ("other", 3)):
-        save_tiny_model(home / name, seed)
-        file = home / name / "model.safetensors"
-        weights = load_file(file)
-        weights["model.embed_tokens.weight"][2] *= 2  # tied: the end of turn is drawn more often
-        save_file(weights, file, {"format": "pt"})
-    policy = tiny_policy(1)
-    policy.save_pretrained(str(home / "vx"))
-    base = AutoModelForCausalLM.from_pretrained(str(home / "base"), dtype=torch.float32).eval()
-    from peft import PeftModel
-
-    again = AutoModelForCausalLM.from_pretrained(str(home / "base"), dtype=torch.float32)
-    return home, {"base": base, "vx": PeftModel.from_pretrained(again, str(home / "vx")).eval()}
+    return home, tiny_versions(home)
 
 
 @pytest.fixture
@@ -52,30 +37,12 @@ def home(folders):
 
 @pytest.fixture
 async def cluster(home):
-    """`await cluster(n)`: an engine on n servers, and the servers."""
-    async with contextlib.AsyncExitStack() as stack:
-
-        async def start(count=1, patience=PATIENCE, **options):
-            servers = [RecordedSGLang(home / "base", **options) for _ in range(count)]
-            urls = [stack.enter_context(served(server.app())) for server in servers]
-            engine = SGLangEngine(urls, "secret", patience=patience)
-            stack.push_async_callback(engine.close)
-            await engine.start()
-            await engine.load("base", None)
-            return engine, servers
-
+    async with clusters(home / "base", RecordedSGLang, SGLangEngine) as start:
         yield start
 
 
-def ask(version="base", **sampling):
-    options = {"temperature": 0.0, "max_tokens": 6} | sampling
-    return GenerateRequest([70, 71, 72, 73], version, Sampling(**options))
-
-
-async def until(condition):
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 - of a server in another thread
-            await asyncio.sleep(0.02)
+class TestReplicas(ReplicaContract):
+    pass
 
 
 class TestRecorded(EngineContract):
@@ -117,19 +84,6 @@ async def test_a_server_whose_logprobs_follow_temperature_is_refused(cluster):
         await cluster(original_logprobs=False)
 
 
-async def test_a_wrong_key_or_an_address_where_nothing_listens_is_told(home):
-    with served(RecordedSGLang(home / "base").app()) as url:
-        engine = SGLangEngine([url], "wrong", patience=PATIENCE)
-        await engine.start()
-        with pytest.raises(EngineError, match="engine_admin_key"):
-            await engine.load("vx", home / "vx")
-        await engine.close()
-    engine = SGLangEngine([url], patience=PATIENCE)
-    with pytest.raises(EngineError, match=f"{url}.*running"):
-        await engine.start()
-    await engine.close()
-
-
 async def test_what_would_kill_a_server_never_reaches_it(cluster, home, tmp_path):
     engine, [server] = await cluster(max_lora_rank=8)
     with pytest.raises(EngineError, match="vocabulary"):
@@ -146,84 +100,6 @@ async def test_what_would_kill_a_server_never_reaches_it(cluster, home, tmp_path
         with pytest.raises(EngineError, match=told):
             await engine.load("foreign", foreign)
     assert not server.adapters
-
-
-async def test_a_load_reaches_every_worker_and_requests_go_round(cluster, home):
-    engine, servers = await cluster(3)
-    await engine.load("vx", home / "vx")
-    assert all(server.adapters == {"vx": str(home / "vx")} for server in servers)
-    await asyncio.gather(*(collect(engine, ask("vx", max_tokens=4, temperature=1.0)) for _ in range(9)))
-    assert min(server.generated for server in servers) > 0
-    await engine.unload("vx")
-    assert not any(server.adapters for server in servers)
-
-
-async def test_a_dying_worker_is_drained_named_and_its_requests_go_elsewhere(cluster, home):
-    engine, servers = await cluster(2)
-    servers[0].die_after = 0
-    both = await asyncio.gather(*(collect(engine, ask(temperature=1.0)) for _ in range(4)))
-    assert all(ids for ids, _, _ in both)
-    servers[0].die_after = 2
-    await until(lambda: not engine.workers[0].problem)  # looked at again, it answers
-    with pytest.raises(EngineError, match=engine.workers[0].url):  # in mid-answer nothing can take its place
-        await asyncio.gather(*(collect(engine, ask(max_tokens=30)) for _ in range(2)))
-
-
-async def test_a_silent_worker_is_given_up_and_comes_back_with_what_it_missed(cluster, home):
-    engine, servers = await cluster(2, patience=Patience(connect=5, silence=1, control=20, look=0.1))
-    servers[0].silent = True
-    for _ in range(2):
-        assert (await collect(engine, ask()))[0]
-    health = await engine.health()
-    assert health["ok"] is True
-    assert "said nothing" in health["workers"][engine.workers[0].url]["problem"]
-    await engine.load("vx", home / "vx")
-    assert not servers[0].adapters
-    servers[0].silent = False
-    await until(lambda: not engine.workers[0].problem)
-    assert servers[0].adapters == servers[1].adapters == {"vx": str(home / "vx")}
-
-
-async def test_an_engine_without_workers_says_so_until_one_is_back(cluster, home):
-    engine, [server] = await cluster(1, patience=Patience(connect=5, silence=1, control=20, look=0.1))
-    server.silent = True
-    with pytest.raises(EngineError, match="said nothing"):
-        await collect(engine, ask())
-    assert (await engine.health())["ok"] is False
-    with pytest.raises(EngineError, match="No SGLang worker"):
-        await collect(engine, ask())
-    server.silent = False
-    await until(lambda: not engine.workers[0].problem)
-    assert (await collect(engine, ask()))[0]
-
-
-async def test_a_worker_that_was_started_anew_gets_its_adapters_back(cluster, home):
-    engine, [server] = await cluster()
-    await engine.load("vx", home / "vx")
-    server.adapters.clear()
-    server._load(server.first_path)
-    with contextlib.suppress(EngineError):
-        await collect(engine, ask("vx"))
-    await until(lambda: server.adapters and not engine.workers[0].problem)
-    assert (await collect(engine, ask("vx")))[0]
-
-
-async def test_a_worker_that_refuses_what_another_took_is_drained(cluster, home):
-    engine, servers = await cluster(2)
-    servers[1].adapters["vx"] = "/another/path"
-    await engine.load("vx", home / "vx")
-    assert engine.loaded() == ["base", "vx"]
-    await until(lambda: servers[1].adapters.get("vx") == str(home / "vx") and not engine.workers[1].problem)
-
-
-async def test_versions_that_an_earlier_whetstone_loaded_are_taken_over(cluster, home):
-    first, _ = await cluster()
-    await first.load("vx", home / "vx")
-    second = SGLangEngine([first.workers[0].url], "secret", patience=PATIENCE)
-    await second.start()
-    await second.load("vx", home / "vx")
-    assert (await collect(second, ask("vx")))[0]
-    await second.close()
 
 
 async def test_behind_a_router_a_version_is_on_all_workers_or_not_loaded(cluster, home):
@@ -364,7 +240,8 @@ def test_settings_of_an_engine_fit_together():
         ({"engine_urls": "http://a"}, "WHETSTONE_ENGINE"),
         ({"engine": "sglang", "engine_router_url": "http://a"}, "engine_urls"),
         ({"engine": "sglang", "engine_urls": "a:30000"}, "http://"),
-        ({"engine": "vllm"}, "embedded"),
+        ({"engine": "tgi"}, "embedded"),
+        ({"engine": "vllm", "engine_router_url": "http://a"}, "engine_urls"),
     ):
         with pytest.raises(SettingsError, match=told):
             load(**wrong)

@@ -20,14 +20,17 @@ from safetensors.torch import load_file, save_file
 
 from online_rl.adapters import load_adapter
 from serving.engines.base import EngineError, GenerateRequest, Sampling
+from serving.engines.http_worker import Patience
 from serving.engines.sglang import SGLangEngine
-from serving.engines.sglang_server import ServerConfig, running_server
+from serving.engines.sglang_server import SGLangConfig
 from serving.engines.sglang_weights import swap_weights
-from serving.engines.sglang_worker import Patience
+from serving.engines.supervised import running_server
 from serving.manifest import copy_version
 from serving.versions import SHIPPED
+from tests.alike import events, shape, within
 from tests.engine_contract import Bench, EngineContract, collect
-from tests.sglang_contract import RecordedSGLang, served
+from tests.recorded_server import served
+from tests.sglang_contract import RecordedSGLang
 from tests.test_sglang_server import group
 from tests.tiny_model import save_tiny_model
 
@@ -46,7 +49,7 @@ ENV = {"SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "
 
 def config(base, folder, **options):
     flags = options.pop("flags", ())
-    return ServerConfig(
+    return SGLangConfig(
         str(base.hf_dir), folder / "sglang.log", python=PYTHON, context=512, max_loras=3, flags=(*FLAGS, *flags),
         env=ENV, start_seconds=600, **options,
     )  # fmt: skip
@@ -80,31 +83,6 @@ async def bench(base, server, tmp_path_factory):
 
 class TestReal(EngineContract):
     pass
-
-
-SOMETIMES = ("response_sent_to_client_ts", "cached_tokens_details")  # by whether it's the first event, or cached
-
-
-def shape(value):
-    """Keys and types, all the way down; of lists the first item."""
-    if isinstance(value, dict):
-        return {key: shape(item) for key, item in value.items() if key not in SOMETIMES}
-    if isinstance(value, list):
-        return [shape(value[0])] if value else []
-    return "number" if isinstance(value, (int, float)) and not isinstance(value, bool) else type(value).__name__
-
-
-def within(ours, theirs):
-    """Whether all that ours has stands in theirs too; with metrics on, SGLang adds its timings."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        return all(key in theirs and within(item, theirs[key]) for key, item in ours.items())
-    if isinstance(ours, list) and isinstance(theirs, list):
-        return len(ours) == len(theirs) and all(map(within, ours, theirs))
-    return ours == theirs
-
-
-def events(text):
-    return [line for line in text.split("\n") if line]
 
 
 async def test_the_recorded_server_answers_alike(bench, server, tmp_path):
@@ -224,10 +202,11 @@ def _kill_an_owner(base, tmp_path):
     program = """
 import asyncio, sys
 from pathlib import Path
-from serving.engines.sglang_server import SGLangServer, ServerConfig
+from serving.engines.sglang_server import SGLangConfig
+from serving.engines.supervised import SupervisedServer
 async def main():
-    config = ServerConfig(sys.argv[1], Path(sys.argv[2]), python=sys.argv[3], flags=tuple(sys.argv[4:]))
-    server = SGLangServer(config)
+    config = SGLangConfig(sys.argv[1], Path(sys.argv[2]), python=sys.argv[3], flags=tuple(sys.argv[4:]))
+    server = SupervisedServer(config)
     await server._spawn()
     print(server.process.pid, flush=True)
     await asyncio.sleep(600)

@@ -14,7 +14,8 @@ import httpx
 import pytest
 
 from serving.engines.base import EngineError
-from serving.engines.sglang_server import LORA_TARGETS, ServerConfig, running_server
+from serving.engines.sglang_server import LORA_TARGETS, SGLangConfig
+from serving.engines.supervised import running_server
 
 LAUNCH = '''
 """Answers /health when it has the right key, as long as BROKEN isn't in the environment."""
@@ -47,7 +48,7 @@ def config(tmp_path):
 
     def make(env=None, **options):
         env = {"PYTHONPATH": str(tmp_path / "package")} | (env or {})
-        return ServerConfig("/models/some", tmp_path / "logs" / "sglang.log", env=env, **options)
+        return SGLangConfig("/models/some", tmp_path / "logs" / "sglang.log", env=env, **options)
 
     return make
 
@@ -128,9 +129,10 @@ def test_it_ends_with_a_whetstone_that_is_killed(config, tmp_path):
     program = f"""
 import asyncio
 from pathlib import Path
-from serving.engines.sglang_server import ServerConfig, running_server
+from serving.engines.sglang_server import SGLangConfig
+from serving.engines.supervised import running_server
 async def main():
-    config = ServerConfig("m", Path({str(tmp_path / "log")!r}), env={dict(config().env)!r})
+    config = SGLangConfig("m", Path({str(tmp_path / "log")!r}), env={dict(config().env)!r})
     async with running_server(config) as server:
         print(server.process.pid, flush=True)
         await asyncio.sleep(600)

@@ -6,6 +6,7 @@ import asyncio
 import importlib.metadata
 import socket
 import sqlite3
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -102,6 +103,40 @@ def check_model(settings: Settings) -> Finding:
     return Finding("model", "ok", f"prepared in {ready[0].parent}")
 
 
+def check_engine(settings: Settings) -> Finding:
+    """Whether what runs the model is there: the package beside the interpreter, or the servers at their addresses."""
+    if settings.engine == "embedded":
+        return Finding("engine", "ok", "llama.cpp, in process")
+    name, package = {"sglang": ("SGLang", "sglang"), "vllm": ("vLLM", "vllm")}[settings.engine]
+    if settings.engine_urls:
+        away = [url for url in settings.engine_urls if not _answers(url)]
+        if away:
+            return Finding(
+                "engine", "failed", f"{name} at {', '.join(away)} doesn't answer", "Start it, or mend engine_urls."
+            )
+        return Finding("engine", "ok", f"{name} at {', '.join(settings.engine_urls)}")
+    python = settings.sglang_python if settings.engine == "sglang" else settings.vllm_python
+    try:
+        # Found, not imported: that would take half a minute.
+        find = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
+        there = subprocess.run([python, "-c", find], capture_output=True, timeout=30).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        there = False
+    if not there:
+        mend = f"Make an environment with {name} and set {package}_python to its interpreter: docs/engines.md."
+        return Finding("engine", "failed", f"{name} isn't installed for {python}", mend)
+    return Finding("engine", "ok", f"{name} of {python}; `whetstone up` starts it")
+
+
+def _answers(url: str) -> bool:
+    import httpx
+
+    try:
+        return httpx.get(f"{url.rstrip('/')}/health", timeout=5, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
 def check_store(settings: Settings) -> Finding:
     from app.record import open_store
     from feedback_store import StoreError
@@ -157,6 +192,7 @@ CHECKS: tuple[Callable[[Settings], Finding], ...] = (
     check_sandbox,
     check_full_text,
     check_model,
+    check_engine,
     check_store,
     check_ports,
     check_connections,

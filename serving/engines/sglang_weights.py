@@ -12,9 +12,11 @@ import math
 from pathlib import Path
 
 from serving.engines.base import EngineError
-from serving.engines.sglang import Served, SGLangEngine
-from serving.engines.sglang_checks import check_weights
-from serving.engines.sglang_worker import Worker, WorkerFailed
+from serving.engines.checks import check_weights
+from serving.engines.http_worker import WorkerFailed
+from serving.engines.replicas import Served
+from serving.engines.sglang import SGLangEngine
+from serving.engines.sglang_worker import Worker
 
 PROBE_TOLERANCE = 0.05  # nats between replicas, and to what the caller expects: kernels differ, weights don't
 

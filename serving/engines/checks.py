@@ -1,7 +1,7 @@
-"""Looks at an adapter or at weights before SGLang does: a truncated or misshapen file ends a whole server.
+"""Looks at an adapter or at weights before a server does.
 
-Seen with 0.5.23: `/update_weights_from_disk` with a truncated safetensors file, and a prompt with a token id outside
-of the vocabulary, each killed it.
+SGLang 0.5.23 died of a truncated safetensors file of full weights and of an adapter of another base's shapes; vLLM
+0.32.0 took such an adapter and answered with it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from serving.engines.base import EngineError
-from serving.engines.sglang_worker import Description
+from serving.engines.http_worker import Description
 from serving.tensors import Shapes, tensor_shapes
 
 _LORA = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
 
 
-def check_adapter(version: str, path: Path, server: Description) -> str:
+def check_adapter(version: str, path: Path, server: Description, engine: str) -> str:
     """The folder as an absolute path. Raises EngineError for a LoRA adapter that this server can't serve.
 
     Its shapes are compared with the base's where the model's folder can be read from here.
@@ -34,19 +34,19 @@ def check_adapter(version: str, path: Path, server: Description) -> str:
         raise EngineError(f"Version {version!r} can't be loaded: {path} isn't a plain LoRA adapter.")
     if server.max_lora_rank is None:
         raise EngineError(
-            f"Version {version!r} is a LoRA adapter, and SGLang was started without LoRA: start it with --enable-lora "
-            "--max-lora-rank and --lora-target-modules."
+            f"Version {version!r} is a LoRA adapter, and {engine} was started without LoRA: start it with "
+            "--enable-lora --max-lora-rank and --lora-target-modules."
         )
     if rank > server.max_lora_rank:
         raise EngineError(
-            f"Version {version!r} has rank {rank}, SGLang takes {server.max_lora_rank}: start it with --max-lora-rank "
-            f"{rank}."
+            f"Version {version!r} has rank {rank}, {engine} takes {server.max_lora_rank}: start it with "
+            f"--max-lora-rank {rank}."
         )
     foreign = {name.rsplit(".")[-1] for name in ([targets] if isinstance(targets, str) else targets)}
     foreign -= server.lora_targets | {"all-linear"}
     if server.lora_targets and foreign:
         raise EngineError(
-            f"Version {version!r} adapts {', '.join(sorted(foreign))}, which SGLang wasn't started for: name them in "
+            f"Version {version!r} adapts {', '.join(sorted(foreign))}, which {engine} wasn't started for: name them in "
             "--lora-target-modules."
         )
     model = _model_shapes(server.model_path)
