@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 from app.settings import Settings
 from feedback_store import Store
 from serving.engines.base import Engine, EngineError
 from serving.engines.llamacpp import LlamaCppEngine
+from serving.engines.opening import OpenEngine, embedded
 from serving.engines.sglang import SGLangEngine
 from serving.engines.sglang_server import ServerConfig, running_server
 from serving.engines.sglang_worker import Patience
@@ -21,10 +22,11 @@ Progress = Callable[[str], None]
 
 
 async def open_engine(
-    settings: Settings, store: Store, progress: Progress, stack: AsyncExitStack
+    settings: Settings, store: Store, progress: Progress, stack: AsyncExitStack, purpose: str = "serving"
 ) -> tuple[Engine, BaseModel]:
     """Started, and closed with the stack. Raises EngineError, ModelMissing.
 
+    `purpose` keeps the logs of several supervised servers apart.
     A model that no version in the registry was made for gets one: a fresh adapter, which says what the bare model does.
     """
     if settings.engine == "embedded":
@@ -32,13 +34,29 @@ async def open_engine(
         engine = LlamaCppEngine(base, settings.slots, settings.context, settings.threads)
         stack.push_async_callback(engine.close)
         return engine, base
-    served = await _open_sglang(settings, progress, stack)
+    served = await _open_sglang(settings, progress, stack, purpose)
     base = await asyncio.to_thread(_served_model, settings, served)
     await asyncio.to_thread(install_fresh, store, settings.home, base, settings.sglang_lora_rank)
     return served, base
 
 
-async def _open_sglang(settings: Settings, progress: Progress, stack: AsyncExitStack) -> SGLangEngine:
+def opener(settings: Settings, store: Store, progress: Progress, purpose: str) -> OpenEngine:
+    """The engine of a run of learning or of an evaluation: llama.cpp with as many slots as it asks for, or, with
+    servers, those of `engine_urls`, else one of its own beside the one that serves."""
+
+    @asynccontextmanager
+    async def opened(slots: int, context: int) -> AsyncIterator[tuple[Engine, BaseModel]]:
+        async with AsyncExitStack() as stack:
+            if settings.engine == "embedded":
+                base = await asyncio.to_thread(prepare_base, settings.home, progress)
+                yield await stack.enter_async_context(embedded(base)(slots, context))
+            else:
+                yield await open_engine(settings, store, progress, stack, purpose)
+
+    return opened
+
+
+async def _open_sglang(settings: Settings, progress: Progress, stack: AsyncExitStack, purpose: str) -> SGLangEngine:
     urls, key = settings.engine_urls, settings.engine_admin_key
     secret = key.get_secret_value() if key else None
     if not urls:
@@ -47,7 +65,7 @@ async def _open_sglang(settings: Settings, progress: Progress, stack: AsyncExitS
             model = str((await asyncio.to_thread(prepare_base, settings.home, progress)).hf_dir)
         config = ServerConfig(
             model,
-            settings.home / "logs" / "sglang.log",
+            settings.home / "logs" / ("sglang.log" if purpose == "serving" else f"sglang-{purpose}.log"),
             python=str(settings.sglang_python),
             tensor_parallel=settings.sglang_tensor_parallel,
             max_lora_rank=settings.sglang_lora_rank,

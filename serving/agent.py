@@ -48,12 +48,14 @@ _CHARS_PER_TOKEN = 8  # more than English text has: only what is far too long is
 @dataclass(frozen=True)
 class Limits:
     """`max_turns`: tool turns before the last generation, with tools off (4 in the paper). `answer_tokens`: the
-    policy's own tokens in one answer, over all its generations."""
+    policy's own tokens in one answer, over all its generations. `context`: tokens of prompt and answer together, where
+    that should be fewer than the engine holds."""
 
     max_turns: int = 4
     observation_tokens: int = 256
     tool_seconds: float = 15.0
     answer_tokens: int = 1024
+    context: int | None = None
 
 
 class ToolsTooLong(PromptTooLong):
@@ -76,6 +78,12 @@ class Agent:
         self._fit = partial(dialect.fit, max_tokens=tokens)
         self.toolbox = toolbox.within(Budget(self.limits.tool_seconds, _CHARS_PER_TOKEN * tokens, self._fit))
 
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and answer together."""
+        held = self.engine.context_length
+        return held if self.limits.context is None else min(held, self.limits.context)
+
     def render(
         self,
         messages: Sequence[dict[str, Any]],
@@ -90,7 +98,7 @@ class Agent:
             messages = [*messages, {"role": "system", "content": _as_json(terms.schema)}]
         server = self.toolbox.schemas(allowed)
         ids = self.dialect.render(messages, [*server, *terms.tools])
-        room = self.engine.context_length - _ROOM_FOR_AN_ANSWER
+        room = self.context - _ROOM_FOR_AN_ANSWER
         if len(ids) > room:
             without = len(self.dialect.render(messages, server)) if terms.tools else len(ids)
             if without <= room:
@@ -139,7 +147,7 @@ class Agent:
             drawn = replace(
                 sampling,
                 seed=None if sampling.seed is None else sampling.seed + index,
-                max_tokens=min(sampling.max_tokens, self.limits.answer_tokens - spent),
+                max_tokens=min(sampling.max_tokens, self.limits.answer_tokens - spent, self.context - len(ids_so_far)),
             )
             request = GenerateRequest(ids_so_far, version, drawn, self.dialect.stops(last), terms.top_logprobs)
             async with aclosing(self._write(written, request, terms, last)) as shown:
@@ -183,7 +191,7 @@ class Agent:
                 if call is not None:  # a record may have been made under another limit
                     observation = replace(observation, text=self._fit(observation.text))
                 yield ToolResult(observation)
-            room = self.engine.context_length - len(ids_so_far) - len(written.ids) - _ROOM_FOR_AN_ANSWER
+            room = self.context - len(ids_so_far) - len(written.ids) - _ROOM_FOR_AN_ANSWER
             no_more = index + 1 == self.limits.max_turns
             observed = self.dialect.encode_observation(observation.text, last=no_more, after=written.ids)
             full = len(observed) > room or spent >= self.limits.answer_tokens

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from app.settings import Settings
+    from serving.engines.opening import OpenEngine
     from serving.model import BaseModel
     from tools.toolbox import Toolbox
 
-_LABELS = {"rollouts": "  rollouts", "train": "training", "evaluate": "evaluating"}
+_LABELS = {"prepare": "preparing", "rollouts": "  rollouts", "train": "training", "evaluate": "evaluating"}
 
 
 def train(
@@ -41,6 +42,7 @@ def train(
         raise console.fail("only single runs exist so far: add --once. For every night, let cron call it.")
     settings = console.settings()
     _be_nice()
+    from app.engines import opener
     from app.record import open_store
     from app.tools import open_toolbox, tool_seconds
     from feedback_store import StoreError
@@ -69,12 +71,12 @@ def train(
             tool_seconds=tool_seconds(settings),
         )  # fmt: skip
         with _bars() as listen, open_store(settings) as store:
-            base = _base(settings, listen)
             install_shipped(store, settings.home)
+            engine = opener(settings, store, lambda stage: listen("prepare", 0, 0, stage), "training")
             # What the bundled corpus knows, it answers: practice is judged by it. The web is asked for the rest.
             backends = tuple(sorted(settings.search_backends, key=lambda name: name != "local"))
             with open_toolbox(settings, backends, only=settings.training_tools) as toolbox:
-                result = run_once(settings.home, store, base, toolbox, options, listen)
+                result = run_once(settings.home, store, engine, toolbox, options, listen)
     except KeyboardInterrupt:
         console.err.print("Interrupted. Nothing is lost: the same command goes on where it was.")
         raise typer.Exit(130) from None
@@ -134,6 +136,7 @@ def evaluate(
     import asyncio
 
     settings = console.settings()
+    from app.engines import opener
     from app.record import open_store
     from app.tools import open_toolbox, tool_seconds
     from feedback_store import NotFound, StoreError
@@ -145,7 +148,6 @@ def evaluate(
     from serving.agent import Agent, Limits
     from serving.dialects import make_dialect
     from serving.engines.base import EngineError, Sampling
-    from serving.engines.llamacpp import LlamaCppEngine
     from serving.versions import install_shipped
 
     kinds = [name for name in KINDS if not kind or name in kind]
@@ -154,22 +156,24 @@ def evaluate(
     chosen = settings.temperature if temperature is None else temperature
 
     async def go(
-        base: BaseModel, toolbox: Toolbox, version: str, path: Path, listen: Callable[[str, int, int, str], None]
-    ) -> Any:
-        engine = LlamaCppEngine(base, slots=16, context=1536)
-        limits = Limits(settings.max_turns, settings.observation_tokens, tool_seconds(settings))
-        agent = Agent(engine, make_dialect(settings.dialect, base.tokenizer), toolbox, limits)
-        call = None if seen is None else Recorded(agent.run_tool, seen, "recorded")
-        await engine.load(version, path)
-        try:
-            return await measure(
-                tasks, agent, version, Sampling(chosen, max_tokens=256, seed=1), call,
-                on_item=lambda done, of: listen("evaluate", done, of, version),
-            )  # fmt: skip
-        finally:
-            if call is not None and call.misses:
-                console.err.print(f"{call.misses} tool calls had no result in {replay}: the model was told so.")
-            await engine.close()
+        open_engine: OpenEngine, toolbox: Toolbox, version: str, path: Path,
+        listen: Callable[[str, int, int, str], None],
+    ) -> Any:  # fmt: skip
+        async with open_engine(16, 1536) as (engine, base):
+            limits = Limits(settings.max_turns, settings.observation_tokens, tool_seconds(settings), context=1536)
+            agent = Agent(engine, make_dialect(settings.dialect, base.tokenizer), toolbox, limits)
+            call = None if seen is None else Recorded(agent.run_tool, seen, "recorded")
+            served = f"eval-{os.getpid()}-{version}"  # a server that others use too may hold it by its own name
+            await engine.load(served, path)
+            try:
+                return await measure(
+                    tasks, agent, served, Sampling(chosen, max_tokens=256, seed=1), call,
+                    on_item=lambda done, of: listen("evaluate", done, of, version),
+                )  # fmt: skip
+            finally:
+                if call is not None and call.misses:
+                    console.err.print(f"{call.misses} tool calls had no result in {replay}: the model was told so.")
+                await engine.unload(served)
 
     try:
         seen = ResultRecord(settings.home / "runs" / replay / EVALUATION, write=False) if replay else None
@@ -179,11 +183,11 @@ def evaluate(
             for task in generate(name, min(items, 20) if name == "plain" else items, 0, "heldout")
         ]  # type: ignore[arg-type]
         with _bars() as listen, open_store(settings) as store:
-            base = _base(settings, listen)
             install_shipped(store, settings.home)
+            engine = opener(settings, store, lambda stage: listen("prepare", 0, 0, stage), "evaluation")
             name = version or store.current_version() or "v0"
             with open_toolbox(settings, ("local",), only=settings.training_tools) as toolbox:
-                results, _ = asyncio.run(go(base, toolbox, name, Path(store.version(name).path), listen))
+                results, _ = asyncio.run(go(engine, toolbox, name, Path(store.version(name).path), listen))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     except (NotFound, StoreError, EngineError, DamagedResults, OSError, ValueError) as error:
