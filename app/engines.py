@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -34,7 +34,8 @@ async def open_engine(
         engine = LlamaCppEngine(base, settings.slots, settings.context, settings.threads)
         stack.push_async_callback(engine.close)
         return engine, base
-    served = await _open_sglang(settings, progress, stack, purpose)
+    full = [v.id for v in await asyncio.to_thread(store.versions) if v.manifest.get("kind") == "weights"]
+    served = await _open_sglang(settings, progress, stack, purpose, full)
     base = await asyncio.to_thread(_served_model, settings, served)
     await asyncio.to_thread(install_fresh, store, settings.home, base, settings.sglang_lora_rank)
     return served, base
@@ -56,7 +57,9 @@ def opener(settings: Settings, store: Store, progress: Progress, purpose: str) -
     return opened
 
 
-async def _open_sglang(settings: Settings, progress: Progress, stack: AsyncExitStack, purpose: str) -> SGLangEngine:
+async def _open_sglang(
+    settings: Settings, progress: Progress, stack: AsyncExitStack, purpose: str, full: Collection[str]
+) -> SGLangEngine:
     urls, key = settings.engine_urls, settings.engine_admin_key
     secret = key.get_secret_value() if key else None
     if not urls:
@@ -82,7 +85,7 @@ async def _open_sglang(settings: Settings, progress: Progress, stack: AsyncExitS
     engine = SGLangEngine(urls, secret, settings.engine_router_url, Patience(silence=settings.engine_silence_seconds))
     stack.push_async_callback(engine.close)
     progress("Meeting SGLang")
-    await engine.start()
+    await engine.start(full)
     return engine
 
 

@@ -54,6 +54,7 @@ def _step(row: Row[Any]) -> StoredStep:
         observation=stored_observation(row),
         well_formed=row.well_formed,
         seconds=row.seconds,
+        drawn_by=tuple((version, tokens) for version, tokens in row.drawn_by or ()),
     )
 
 
@@ -216,6 +217,7 @@ class Conversations(Database):
             "turn_id": turn_id,
             "position": step.index,
             "version": step.version,
+            "drawn_by": [list(each) for each in getattr(step, "drawn_by", ())] or None,
             "token_ids": pack_ids(step.token_ids),
             "logprobs": pack_logprobs(step.logprobs),
             "mask": pack_mask(step.mask),

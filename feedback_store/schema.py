@@ -114,6 +114,7 @@ steps = Table(
     Column("turn_id", String(40), ForeignKey("turns.id"), primary_key=True),
     Column("position", Integer, primary_key=True, autoincrement=False),
     Column("version", CleanText, nullable=False),
+    Column("drawn_by", JSON(none_as_null=True)),  # [version, own tokens] in order; null where one drew them all
     Column("token_ids", LargeBinary, nullable=False),  # int32
     Column("logprobs", LargeBinary, nullable=False),  # float32
     Column("mask", LargeBinary, nullable=False),  # uint8, 1 for the policy's own tokens

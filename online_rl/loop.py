@@ -198,6 +198,11 @@ class _Run:
         parent = self.store.current_version()
         if parent is None:
             raise RunRefused("No version is in service to learn from. Start `whetstone up` once, then train.")
+        if self.store.version(parent).manifest.get("kind") == "weights":
+            raise RunRefused(
+                f"{parent}, which is in service, is full weights; only adapters can be trained so far: put one in "
+                "service with `whetstone versions use`."
+            )
         taken = [int(v.id[1:]) for v in self.store.versions() if v.id[:1] == "v" and v.id[1:].isdigit()]
         detail = {"parent": parent, "candidate": f"v{max(taken, default=0) + 1}", "recipe": self.recipe.model_dump()}
         return self.store.run(self.store.start_run(self.options.recipe_name, detail))

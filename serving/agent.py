@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Map
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 from serving.dialects.base import Dialect, MalformedCall, Parsed, read_input
@@ -294,12 +295,14 @@ def _step(
     observation: Observation | None = None,
     observed: Sequence[int] = (),
 ) -> Step:
+    drew = [(name, sum(1 for _ in of)) for name, of in groupby(filter(None, written.versions))]
     return Step(
         index=index,
         token_ids=[*written.ids, *observed],
         logprobs=[*written.logprobs, *(0.0 for _ in observed)],
         mask=[*written.mask, *(0 for _ in observed)],
-        version=version,
+        version=drew[-1][0] if drew else version,
+        drawn_by=tuple(drew) if len(drew) > 1 else (),
         text=parsed.text,
         action=parsed.action,
         input=parsed.input.strip(),

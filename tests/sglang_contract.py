@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 import uvicorn
+from llguidance import LLMatcher
+from llguidance.hf import from_tokenizer
 from peft import PeftModel
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -41,11 +43,14 @@ class RecordedSGLang:
     max_lora_rank: int = 16
     seeded: bool = True
     original_logprobs: bool = True
+    grammars: bool = True
     incremental: bool = False
     weight_version: str = "default"
     silent: bool = False
     die_after: int | None = None
-    refuse_updates: bool = False
+    refuse_updates: bool | str = False  # all but the first weights', or those of one folder
+    adapters: dict[str, str] = field(default_factory=dict)
+    loads: list[str] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     generated: int = 0
     running: int = 0
@@ -54,7 +59,6 @@ class RecordedSGLang:
         torch.set_num_threads(1)  # so small a model gains nothing from more, and tests share the machine
         self.tokenizer = AutoTokenizer.from_pretrained(str(self.model_path))
         self.first_path = str(self.model_path)
-        self.adapters: dict[str, str] = {}
         self.may_run = asyncio.Event()
         self.may_run.set()
         self._load(self.first_path)
@@ -132,6 +136,7 @@ class RecordedSGLang:
             try:
                 self._attach(name, path)
                 self.adapters[name] = path
+                self.loads.append(name)
             except Exception as error:
                 problem = str(error)
         return self._lora_answer(problem)
@@ -156,7 +161,7 @@ class RecordedSGLang:
     async def update(self, request: Request) -> Response:
         body = await request.json()
         try:
-            if self.refuse_updates and body["model_path"] != self.first_path:
+            if self.refuse_updates in (True, body["model_path"]) and body["model_path"] != self.first_path:
                 raise OSError("no space left on the device")
             self._load(body["model_path"])
         except Exception as error:
@@ -211,6 +216,8 @@ class RecordedSGLang:
                 f"Got LoRA adapter that has never been loaded: {body['lora_path']}\n"
                 f"All loaded adapters: {list(self.adapters)}."
             )
+        if sampling.get("json_schema") and not self.grammars:
+            return "Grammar-based generation (json_schema, regex, ebnf, structural_tag) is not supported"
         if sampling.get("temperature", 1.0) < 0:
             return f"temperature must be a non-negative finite number, got {sampling['temperature']}."
         return ""
@@ -228,6 +235,7 @@ class RecordedSGLang:
         tops: list[Any] = []
         spans: list[dict[str, Any]] = []
         reason: dict[str, Any] | None = None
+        grammar = self._grammar(sampling["json_schema"]) if sampling.get("json_schema") else None
         self.running += 1
         try:
             while reason is None:
@@ -239,7 +247,12 @@ class RecordedSGLang:
                 logits = self.logits(body["input_ids"] + drawn, body.get("lora_path"))
                 warm = logits if self.original_logprobs or not temperature else logits / temperature
                 logprobs = warm.log_softmax(-1)
+                if grammar is not None:
+                    allowed = torch.frombuffer(bytearray(grammar.compute_logit_bias()), dtype=torch.uint8) > 0
+                    logits = logits.masked_fill(~allowed, -torch.inf)
                 token = self._draw(logits, temperature, sampling.get("top_p", 1.0), generator)
+                if grammar is not None:
+                    grammar.consume_token(token)
                 drawn.append(token)
                 self.generated += 1
                 entries.append([float(logprobs[token]), token, None])
@@ -284,6 +297,11 @@ class RecordedSGLang:
                 }
         finally:
             self.running -= 1
+
+    def _grammar(self, schema: str) -> LLMatcher:
+        tokenizer = from_tokenizer(self.tokenizer, self.base.config.vocab_size)
+        spacing = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
+        return LLMatcher(tokenizer, LLMatcher.grammar_from_json_schema(schema, spacing))
 
     def _draw(self, logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
         if temperature == 0:

@@ -286,10 +286,15 @@ async def test_an_asker_that_gives_up_leaves_the_others_their_result(world):
     assert (await second).tool == "search"
 
 
-def scripted(base):
+def scripted(base, engines=None):
+    """Opens an engine that others use too: it serves v0 already."""
+
     @asynccontextmanager
     async def opened(slots, context):
-        yield ScriptedEngine(base.tokenizer, policy), base
+        engine = ScriptedEngine(base.tokenizer, policy)
+        if engines is not None:
+            engines.append(engine)
+        yield engine, base
 
     return opened
 
@@ -329,7 +334,12 @@ def test_a_resumed_evaluation_is_made_on_the_same_results(home, base, world):
     with (folder / EVALUATION).open("ab") as file:
         file.write(b'{"result": "cut sho')  # what a kill leaves
 
-    result = run_once(path, store, scripted(base), world.toolbox(), options)
+    engines: list[ScriptedEngine] = []
+    result = run_once(path, store, scripted(base, engines), world.toolbox(), options)
+    names = {request.version for request in engines[0].requests}
+    assert {name.partition("-")[2] for name in names} == {"v0", "v1"}
+    assert "v0" not in names, "by names of its own"
+    assert engines[0].loaded() == ["v0"], "what it loaded is gone, what served is still there"
     assert world.asked == asked  # neither the web nor Python was needed again
     rows = json.loads((folder / "evaluated.json").read_text())
     assert [row["correct"] for row in rows["after"]] == [True] * 4

@@ -63,7 +63,7 @@ def test_an_old_file_is_migrated_with_all_it_holds(old_file: Path) -> None:
         assert store.current_version() == "v0"
         (change,) = store.version_changes()
         assert (change.previous, f"{change.at:%Y-%m-%d %H:%M:%S.%f}") == (None, NOW)
-    assert revision_of(old_file) == "0005"
+    assert revision_of(old_file) == "0009"
 
 
 def test_a_copy_from_before_is_kept_and_is_whole(old_file: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_file_of_a_later_release_is_refused_untouched(path: Path) -> None:
     Store.open(path).close()
     edit(path, "UPDATE alembic_version SET version_num = '9999'")
     before = path.read_bytes()
-    with pytest.raises(StoreError, match=r"later release.*'9999'.*'0005'.*Upgrade"):
+    with pytest.raises(StoreError, match=r"later release.*'9999'.*'0009'.*Upgrade"):
         Store.open(path)
     assert path.read_bytes() == before
 

@@ -105,6 +105,7 @@ def _version(version: Version, current: str | None) -> dict[str, Any]:
         "object": "whetstone.version",
         "parent": version.parent,
         "run": version.run_id,
+        "kind": version.manifest.get("kind", "lora"),
         "status": version.status,
         "current": version.id == current,
         "created_at": version.created_at,

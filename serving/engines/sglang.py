@@ -1,6 +1,6 @@
 """SGLang behind the seam: one server, or several replicas that all hold the same versions.
 
-A version is a LoRA adapter that every worker has loaded, or the bare base; `sglang_weights.py` changes the base itself.
+A version is a LoRA adapter that every worker has loaded, or full weights: `sglang_weights.py` changes those.
 A worker that fails is drained: it gets no requests, `health` names it and why, and it comes back by itself when it
 answers again and has been given the versions that it missed. Written against SGLang 0.5.23; docs/engines.md tells how
 it must be started.
@@ -12,14 +12,21 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from serving.engines.base import EngineError, GenerateRequest, GrammarFailed, PromptTooLong, TokenChunk, UnknownVersion
+from serving.engines.base import (
+    EngineError,
+    GenerateRequest,
+    PromptTooLong,
+    TokenChunk,
+    UnknownVersion,
+    WeightsRefused,
+)
 from serving.engines.sglang_checks import check_adapter, vocabulary
+from serving.engines.sglang_events import chunk_of, generate_body
 from serving.engines.sglang_worker import AdapterGone, Description, Patience, Refused, Worker, WorkerFailed
 from serving.engines.users import Users
 
@@ -32,10 +39,20 @@ _SAME = 0.05  # nats: far over rounding, far under what a temperature of a half 
 
 @dataclass
 class Served:
-    """One version. `adapter`: its folder, None for the base weights."""
+    """One version. `adapter`: its folder, None for the weights themselves; `label` is theirs, as workers report it."""
 
+    version: str
     adapter: Path | None
+    label: str
     users: Users = field(default_factory=Users)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What lies under all adapters: the label that workers report, and their folder."""
+
+    label: str
+    path: str
 
 
 class SGLangEngine:
@@ -57,9 +74,12 @@ class SGLangEngine:
         self._router = Worker(router_url, key, self._patience) if router_url else None
         self._vocabulary: int | None = None  # an id from it on kills a server
         self.versions: dict[str, Served] = {}
-        self.weights: tuple[str, str] | None = None  # version and folder of full weights that were swapped in
+        self.in_place: Weights | None = None  # full weights instead of the model's own
         self.replaced: set[str] = set()  # versions whose weights are gone: answers under way go on with the new ones
+        self.own: Weights | None = None  # the model's own
+        self.probes: dict[Weights, list[float]] = {}  # what each set of weights said to the probe prompt
         self.description: Description | None = None
+        self._known_weights: frozenset[str] = frozenset()
         self.changing = asyncio.Lock()  # one change of versions at a time
         self._keepers: list[asyncio.Task[None]] = []
         self._aborts: set[asyncio.Task[None]] = set()
@@ -67,6 +87,25 @@ class SGLangEngine:
     @property
     def context_length(self) -> int:
         return self.described.context
+
+    @property
+    def can_swap(self) -> bool:
+        return True
+
+    @property
+    def weights(self) -> str | None:
+        return None if self.in_place is None else self.in_place.label
+
+    @property
+    def label(self) -> str:
+        """What every worker should report."""
+        return (self.in_place or self.base).label
+
+    @property
+    def base(self) -> Weights:
+        if self.own is None:
+            raise EngineError("The SGLang engine hasn't been started.")
+        return self.own
 
     @property
     def described(self) -> Description:
@@ -84,8 +123,12 @@ class SGLangEngine:
     def loaded(self) -> list[str]:
         return list(self.versions)
 
-    async def start(self) -> None:
-        """Meet the workers. Raises EngineError when none can be used; those that can't are drained and tried again."""
+    async def start(self, weights: Collection[str] = ()) -> None:
+        """Meet the workers. `weights`: the full-weight versions that there are, one of which may be in place already.
+
+        Raises EngineError when none can be used; those that can't are drained and tried again.
+        """
+        self._known_weights = frozenset(weights)
         await asyncio.gather(*map(self._bring_up, self.workers))
         self.healthy()
         if self._router is not None:
@@ -112,11 +155,16 @@ class SGLangEngine:
         async with self.changing:
             if version in self.versions:
                 return
-            if path is None and self.weights is not None:
-                raise EngineError(f"Version {version!r} is the bare base, which {self.weights[0]!r} has replaced.")
+            if path is None and self.in_place is not None:
+                raise WeightsRefused(f"Version {version!r} is the bare base, which {self.weights!r} has replaced.")
             if path is not None:
                 await self._spread(version, await asyncio.to_thread(check_adapter, version, path, self.described))
-            self.versions[version] = Served(path)
+            self.versions[version] = Served(version, path, self.label)
+
+    async def swap(self, version: str | None, path: Path | None) -> None:
+        from serving.engines.sglang_weights import swap_weights
+
+        await swap_weights(self, version, path)
 
     async def _spread(self, version: str, path: str) -> None:
         asked = self.healthy()
@@ -160,7 +208,7 @@ class SGLangEngine:
         """A worker that fails before the first token is replaced by another; later, the answer fails."""
         served = self.versions.get(request.version)
         if served is None and request.version in self.replaced and self.weights is not None:
-            served = self.versions.get(self.weights[0])
+            served = self.versions.get(self.weights)
         if served is None:
             raise UnknownVersion(f"Version {request.version!r} isn't loaded; loaded are: {', '.join(self.versions)}.")
         self._check(request)
@@ -192,10 +240,6 @@ class SGLangEngine:
                 f"The prompt holds a token id outside of the model's vocabulary of {self._vocabulary}: render it with "
                 "the tokenizer of the model that is served."
             )
-        if request.json_schema is not None:
-            raise GrammarFailed(
-                "JSON schemas (response_format, a tool_choice that forces a call) need the embedded engine."
-            )
         if len(request.stop) > _MAX_STOPS:
             raise EngineError(f"{len(request.stop)} stop strings; SGLang takes at most {_MAX_STOPS}.")
 
@@ -212,34 +256,25 @@ class SGLangEngine:
     async def _generate(
         self, worker: Worker, request: GenerateRequest, served: Served
     ) -> AsyncGenerator[TokenChunk, None]:
-        sampling, rid = request.sampling, uuid.uuid4().hex
-        body: dict[str, Any] = {
-            "rid": rid, "input_ids": request.token_ids, "stream": True, "return_logprob": True,
-            "sampling_params": {
-                "max_new_tokens": min(sampling.max_tokens, self.described.context - len(request.token_ids)),
-                "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": -1, "min_p": 0.0,
-                "stop": list(request.stop), "skip_special_tokens": False,
-            },
-        }  # fmt: skip
-        if sampling.seed is not None:
-            body["sampling_params"]["sampling_seed"] = sampling.seed
-        if request.top_logprobs:
-            body["top_logprobs_num"] = request.top_logprobs
-        if served.adapter is not None:
-            body["lora_path"] = request.version
+        rid = uuid.uuid4().hex
+        body = generate_body(request, rid, self.described.context, lora=served.adapter is not None)
         seen, done, label = 0, False, worker.label
         worker.in_flight += 1
         try:
             async with aclosing(worker.stream(body)) as events:
                 async for event in events:
-                    chunk = _chunk(event, seen, worker)
+                    chunk = chunk_of(event, seen, worker)
                     if not seen:
                         self._check_label(worker, chunk.version, label)
                     seen += len(chunk.token_ids)
-                    swapped = self.weights is not None and chunk.version == self.weights[0]
-                    version = chunk.version if swapped and served.adapter is None else request.version
+                    same = chunk.version == served.label
+                    if served.adapter is not None and not same:
+                        raise WorkerFailed(
+                            f"SGLang at {worker.url} answers with weights {chunk.version!r} under the adapter "
+                            f"{request.version!r}, which was loaded over {served.label!r}."
+                        )
                     done = chunk.finish_reason is not None
-                    yield replace(chunk, version=version)
+                    yield replace(chunk, version=served.version if same else chunk.version)
                     if done:
                         return
             raise WorkerFailed(f"SGLang at {worker.url} stopped in mid-answer.")
@@ -249,9 +284,11 @@ class SGLangEngine:
                 self._abort(worker, rid)
 
     def _check_label(self, worker: Worker, label: str, at_start: str) -> None:
-        """A worker that was started anew answers with its first weights, under another label."""
+        """A worker that was started anew answers with the model's own weights. Other full weights than ours were put
+        there by another process, which this one will follow: the answer names them."""
         behind = self.workers if worker is self._router else [worker]
-        if label not in {at_start, *(w.label for w in behind)} and not any(w.paused for w in behind):
+        known = {at_start, *(w.label for w in behind)}
+        if label == self.base.label and label not in known and not any(w.paused for w in behind):
             raise WorkerFailed(f"SGLang at {worker.url} answers with weights {label!r}, not {behind[0].label!r}.")
 
     def _abort(self, worker: Worker, rid: str) -> None:
@@ -295,15 +332,13 @@ class SGLangEngine:
         try:
             await worker.look()
             described = await worker.describe()
-            if self.weights is not None and described.weight_version != self.weights[0]:
-                await worker.update_weights(self.weights[1], self.weights[0])
+            if self.in_place is not None and described.weight_version == self.base.label:  # it was started anew
+                await worker.update_weights(self.in_place.path, self.in_place.label)
                 described = await worker.describe()
             if self.description is None:
-                self.description = described
-                if self._vocabulary is None:
-                    self._vocabulary = vocabulary(described.model_path)
+                self._meet(described)
             self._compare(worker, described)
-            await _check_logprobs(worker)
+            self.probes.setdefault(self.in_place or self.base, await _check_logprobs(worker))
             worker.label = described.weight_version
             there = await worker.adapters()
             wanted = {v: str(s.adapter.absolute()) for v, s in self.versions.items() if s.adapter is not None}
@@ -318,8 +353,24 @@ class SGLangEngine:
         else:
             worker.problem, worker.missed = "", 0
 
+    def _meet(self, described: Description) -> None:
+        """What the first worker says. Full weights may be in place from an earlier Whetstone."""
+        served = Weights(described.weight_version, described.model_path)
+        if served.label in self._known_weights:
+            self.own, self.in_place = Weights("default", described.tokenizer_path), served
+            self.versions[served.label] = Served(served.label, None, served.label)
+        else:
+            self.own = served
+        self.description = replace(described, model_path=self.own.path)
+        self._vocabulary = vocabulary(self.own.path)
+
     def _compare(self, worker: Worker, described: Description) -> None:
         first = self.described
+        if described.weight_version != self.label:
+            raise Refused(
+                f"SGLang at {worker.url} serves the weights {described.weight_version!r}, not {self.label!r}: another "
+                "process changed them."
+            )
         if (described.model_path, described.context) != (first.model_path, first.context) and self.weights is None:
             raise Refused(
                 f"SGLang at {worker.url} serves {described.model_path} with a context of {described.context}, another "
@@ -339,44 +390,13 @@ async def _on_each(workers: Sequence[Worker], act: Callable[[Worker], Awaitable[
     return failed
 
 
-async def _check_logprobs(worker: Worker) -> None:
-    """Whether its logprobs are the policy's own, before temperature: an environment variable of the server decides."""
+async def _check_logprobs(worker: Worker) -> list[float]:
+    """Whether its logprobs are the policy's own, before temperature: an environment variable of the server decides.
+    Those of the probe prompt."""
     cool, warm = await worker.probe(0.5), await worker.probe(1.0)
     if any(abs(a - b) > _SAME * max(1.0, abs(b)) for a, b in zip(cool, warm, strict=True)):
         raise Refused(
             f"SGLang at {worker.url} gives logprobs after temperature, which training can't use: start it with "
             "SGLANG_RETURN_ORIGINAL_LOGPROB=1 in its environment."
         )
-
-
-def _chunk(event: dict[str, Any], seen: int, worker: Worker) -> TokenChunk:
-    """An event as a chunk whose version is the label of the weights. Events hold all tokens so far, or, with
-    --incremental-streaming-output, the new ones alone."""
-    meta, ids = event["meta_info"], event["output_ids"]
-    total = meta["completion_tokens"]
-    new = ids[seen:] if len(ids) == total else ids
-    entries = meta.get("output_token_logprobs", [])
-    entries = entries[len(entries) - len(new) :]
-    if seen + len(new) != total or [entry[1] for entry in entries] != list(new):
-        raise WorkerFailed(f"SGLang at {worker.url} lost tokens: {total} drawn, {seen} + {len(new)} told.")
-    tops = meta.get("output_top_logprobs")
-    return TokenChunk(
-        list(new),
-        [float(entry[0]) for entry in entries],
-        meta.get("weight_version", ""),
-        _finish(meta.get("finish_reason"), worker),
-        tops and [[(int(top[1]), float(top[0])) for top in each] for each in tops[len(tops) - len(new) :]],
-    )
-
-
-def _finish(reason: dict[str, Any] | None, worker: Worker) -> Any:
-    if reason is None:
-        return None
-    match reason["type"]:
-        case "stop":
-            return "stop" if isinstance(reason.get("matched"), str) else "eos"
-        case "length":
-            return "length"
-        case "abort":
-            raise worker._refusal(reason.get("status_code") or 400, reason.get("message") or "it was aborted")
-    raise WorkerFailed(f"SGLang at {worker.url} ended for a reason that SGLang 0.5.23 doesn't have: {reason}")
+    return warm

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from serving.engines.base import EngineError, PromptTooLong
+from serving.engines.base import EngineError, GrammarFailed, PromptTooLong
 
 T = TypeVar("T")
 
@@ -163,7 +163,7 @@ class Worker:
                 sending = stack.enter_async_context(self._client.stream("POST", "/generate", json=body))
                 response = await self._soon(sending)
                 if response.status_code != 200:
-                    raise self._refusal(response.status_code, (await self._soon(response.aread())).decode("utf8"))
+                    raise self.refusal(response.status_code, (await self._soon(response.aread())).decode("utf8"))
                 pieces = response.aiter_bytes()
                 rest = b""
                 while piece := await self._soon(anext(pieces, b"")):
@@ -173,7 +173,7 @@ class Worker:
                         if line.startswith(b"data: ") and line != b"data: [DONE]":
                             event = json.loads(line[6:])
                             if "error" in event:
-                                raise self._refusal(event["error"].get("code", 400), event["error"]["message"])
+                                raise self.refusal(event["error"].get("code", 400), event["error"]["message"])
                             yield event
 
     async def _soon(self, step: Awaitable[T]) -> T:
@@ -202,7 +202,7 @@ class Worker:
         with self._failures():
             response = await self._client.request(method, route, json=body, timeout=timeout)
             if response.status_code != 200:
-                raise self._refusal(response.status_code, response.text)
+                raise self.refusal(response.status_code, response.text)
             try:
                 answer = response.json()
             except ValueError:
@@ -219,7 +219,8 @@ class Worker:
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise WorkerFailed(f"SGLang at {self.url} answers what SGLang 0.5.23 doesn't: {error!r}") from error
 
-    def _refusal(self, status: int, text: str) -> EngineError:
+    def refusal(self, status: int, text: str) -> EngineError:
+        """What a refused request means."""
         told = _message(text)
         if status == 401:
             return Refused(f"SGLang at {self.url} doesn't take the key: set engine_admin_key to its --admin-api-key.")
@@ -227,6 +228,8 @@ class Worker:
             return WorkerFailed(f"SGLang at {self.url} failed ({status}): {told}")
         if "never been loaded" in told or "not loaded" in told:
             return AdapterGone(f"SGLang at {self.url}: {told}")
+        if "grammar" in told.lower():
+            return GrammarFailed(f"SGLang at {self.url} can't hold to the JSON schema: {told}")
         if any(sign in told for sign in _TOO_LONG):
             return PromptTooLong(f"{told} Shorten it.")
         return Refused(f"SGLang at {self.url} refused the request ({status}): {told}")
