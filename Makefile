@@ -39,8 +39,12 @@ run: setup
 test: setup chromium
 	@$(BIN)/python -m pytest
 
-test-sglang: setup .venv-sglang/ready
-	@WHETSTONE_SGLANG_PYTHON=$(CURDIR)/.venv-sglang/bin/python $(BIN)/python -m pytest -m sglang tests/test_sglang_real.py
+test-sglang: setup .venv-sglang/router
+	@WHETSTONE_SGLANG_PYTHON=$(CURDIR)/.venv-sglang/bin/python $(BIN)/python -m pytest -m sglang tests/test_sglang_router.py tests/test_sglang_real.py
+
+.venv-sglang/router: .venv-sglang/ready
+	@.venv-sglang/bin/python -m pip install --disable-pip-version-check -q sglang-router==0.3.2
+	@touch $@
 
 .venv-sglang/ready:
 	@[ -x "$(SGLANG_CPU)/setup.sh" ] || { echo "Error: $(SGLANG_CPU)/setup.sh isn't there. It makes an environment in which SGLang 0.5.23 runs on a CPU: name its folder with SGLANG_CPU=…, or, where SGLang is installed already, run: WHETSTONE_SGLANG_PYTHON=/its/bin/python $(BIN)/python -m pytest -m sglang tests/test_sglang_real.py" >&2; exit 1; }
