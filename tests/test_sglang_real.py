@@ -36,7 +36,7 @@ from tests.engine_contract import Bench, EngineContract, collect
 from tests.sglang_contract import RecordedSGLang, served
 from tests.sglang_router import has_router, running_router
 from tests.test_sglang_server import group
-from tests.tiny_model import save_tiny_model
+from tests.tiny_model import save_tiny_model, tiny_policy
 from tests.tiny_world import make_base, sums
 from tools.python import PythonTool
 from tools.toolbox import Toolbox
@@ -117,7 +117,14 @@ def events(text):
     return [line for line in text.split("\n") if line]
 
 
-async def test_the_recorded_server_answers_alike(bench, server, tmp_path):
+OWN = "a path that each server has its own of"
+
+
+def with_own(body, own, side):
+    return body and {key: own[key][side] if value == OWN else value for key, value in body.items()}
+
+
+async def test_the_recorded_server_answers_alike(bench, base, server, tmp_path):
     """Status, keys, types and the order of events, over everything that the engine asks."""
     recorded = RecordedSGLang(save_tiny_model(tmp_path / "tiny"), key=server.key, incremental=True, seeded=False)
     headers = {"Authorization": f"Bearer {server.key}"}
@@ -153,19 +160,31 @@ async def test_the_recorded_server_answers_alike(bench, server, tmp_path):
         ("POST", "/generate", {"input_ids": [5] * 9000, "sampling_params": sampling, "stream": True}),
         ("POST", "/generate", generation | {"sampling_params": sampling | {"temperature": -1}, "stream": True}),
         ("POST", "/load_lora_adapter", {"lora_name": "gone", "lora_path": str(tmp_path / "gone")}),
+        ("POST", "/load_lora_adapter", {"lora_name": "alike", "lora_path": OWN}),
+        ("POST", "/load_lora_adapter", {"lora_name": "alike", "lora_path": OWN}),
+        ("GET", "/v1/models", None),
+        ("POST", "/generate", generation | {"sampling_params": sampling, "stream": True, "lora_path": "alike"}),
+        ("POST", "/unload_lora_adapter", {"lora_name": "alike"}),
         ("POST", "/unload_lora_adapter", {"lora_name": "gone"}),
         ("POST", "/abort_request", {"rid": "gone"}),
         ("POST", "/pause_generation", {"mode": "retract"}),
         ("POST", "/update_weights_from_disk", {"model_path": str(tmp_path / "gone"), "weight_version": "w"}),
+        ("POST", "/update_weights_from_disk", {"model_path": OWN, "weight_version": "default", "flush_cache": True}),
         ("POST", "/continue_generation", {}),
     ]
+    adapter = tmp_path / "adapter"
+    tiny_policy().save_pretrained(str(adapter))
+    own = {"lora_path": (str(adapter), str(bench.adapter)), "model_path": (recorded.first_path, str(base.hf_dir))}
     with served(recorded.app()) as url:
         async with (
             httpx.AsyncClient(base_url=url, headers=headers, timeout=120) as there,
             httpx.AsyncClient(base_url=server.url, headers=headers, timeout=120) as real,
         ):
             for method, route, body in asked:
-                ours, theirs = [await client.request(method, route, json=body) for client in (there, real)]
+                ours, theirs = [
+                    await client.request(method, route, json=with_own(body, own, side))
+                    for side, client in enumerate((there, real))
+                ]
                 assert ours.status_code == theirs.status_code, (route, body, theirs.text)
                 if body and body.get("stream"):
                     lines = [[json.loads(e[6:]) if e[6:] != "[DONE]" else None for e in events(r.text)]
