@@ -3,6 +3,7 @@
 # make learn  the proof that it learns, about an hour; results in benchmarks/results
 # make bench-sandbox  what a call of the Python tool costs, ten minutes
 # make test-swap, make bench-swap  swaps of versions under load: the two-minute test, and what they cost
+# make test-litellm   the endpoint by litellm, in an environment of its own; a minute, 400 MB in .venv-litellm
 # make test-sglang    the SGLang engine against SGLang itself, on the CPU; some minutes, 3 GB in .venv-sglang
 # make setup  only the set-up                        make clean              forget it
 #
@@ -16,7 +17,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help run test test-sglang learn bench-sandbox test-swap bench-swap lint types setup bubblewrap chromium clean
+.PHONY: help run test test-litellm test-sglang learn bench-sandbox test-swap bench-swap lint types setup bubblewrap chromium clean
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -44,6 +45,16 @@ test-sglang: setup .venv-sglang/router
 
 .venv-sglang/router: .venv-sglang/ready
 	@.venv-sglang/bin/python -m pip install --disable-pip-version-check -q sglang-router==0.3.2
+	@touch $@
+
+test-litellm: setup .venv-litellm/ready
+	@WHETSTONE_LITELLM_PYTHON=$(CURDIR)/.venv-litellm/bin/python $(BIN)/python -m pytest tests/test_litellm.py
+
+# An environment of its own: litellm wants boto3, and that an older python-dateutil than Whetstone's parts get.
+.venv-litellm/ready:
+	@echo "==> Installing litellm in .venv-litellm (about 70 MB to fetch)"
+	@$(PYTHON) -m venv .venv-litellm
+	@.venv-litellm/bin/python -m pip install --disable-pip-version-check --progress-bar off 'litellm>=1.110,<2' | $(SHORTLY)
 	@touch $@
 
 .venv-sglang/ready:
@@ -112,4 +123,4 @@ chromium:
 	  command -v chromium >/dev/null || echo "Note: chromium is missing, so the browser tests are skipped. Install it: sudo apt-get install chromium"; }
 
 clean:
-	rm -rf .venv .venv-sglang build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-litellm .venv-sglang build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

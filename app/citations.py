@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from serving.trajectory import Observation, Trajectory
+from feedback_store.records import ObservationLike
+from serving.trajectory import Trajectory
 from tools.text import clean
 
 _TITLE_CHARS = 160
@@ -38,7 +39,7 @@ def sources_of(trajectory: Trajectory) -> list[Source]:
     return collect(step.observation for step in trajectory.steps if step.observation is not None)
 
 
-def collect(observations: Iterable[Observation]) -> list[Source]:
+def collect(observations: Iterable[ObservationLike]) -> list[Source]:
     found: dict[str, Source] = {}
     for observation in observations:
         listed = observation.artifact.get("sources")

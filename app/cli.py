@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from app.commands import ask, doctor, index, keys, learn, record, serve
+from app.commands import ask, conversations, data, doctor, index, keys, learn, record, serve
 
 app = typer.Typer(
     help="A chat agent that gets better overnight from its own verified conversations.",
@@ -17,7 +17,8 @@ app.command()(ask.ask)
 app.add_typer(record.versions, name="versions")
 app.command()(record.queue)
 app.command()(record.runs)
-app.add_typer(record.data, name="data")
+app.add_typer(conversations.conversations, name="conversations")
+app.add_typer(data.data, name="data")
 app.command()(learn.train)
 app.command()(learn.warmup)
 app.command("eval")(learn.evaluate)

@@ -9,4 +9,6 @@ from feedback_store import Store
 def open_store(settings: Settings) -> Store:
     """The record, migrated to this release; made if there is none. Raises StoreError."""
     settings.home.mkdir(parents=True, exist_ok=True)
-    return Store.open(settings.store_path, max_pending=settings.queue_max)
+    store = Store.open(settings.store_path, max_pending=settings.queue_max)
+    store.training_by_default = settings.training_consent == "training"
+    return store

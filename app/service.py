@@ -21,6 +21,7 @@ from feedback_store import Conversation, NotFound, Outcome, Store, StoreError
 from feedback_store.records import FinalStatus, Turn
 from online_rl import verifiers
 from serving.engines.base import EngineError, PromptTooLong, Sampling
+from serving.prompts import PromptRenderer
 from serving.terms import Terms
 from serving.trajectory import AnswerText, Done, Event, StepDone, StopReason, Trajectory, calls_a_tool
 from tools.context import ToolContext
@@ -75,6 +76,7 @@ class Question:
     gold: str | None = None
     terms: Terms = field(default_factory=Terms)
     server_tools: bool = True
+    response: Mapping[str, Any] | None = None  # kept with the turn: see `app.api.responses`
     request_id: str = field(default_factory=new_request_id)
 
 
@@ -120,6 +122,7 @@ class Service:
         self.router = router
         self.engine = engine
         self._agent = agent
+        self._prompts = PromptRenderer(agent)
         self._max_answers = max_answers
         self.metrics = Metrics()
         self._in_flight = 0
@@ -148,8 +151,7 @@ class Service:
                     'with metadata {"server_tools": "none"}.'
                 )
             watch = stack.enter_context(self.metrics.answer(allowed))
-            # Here: a tokenizer isn't for several threads
-            prompt_ids = self._agent.render(question.messages, allowed, question.terms)
+            prompt_ids = await self._prompts.render(question.messages, allowed, question.terms)
             lease = self.router.lease(question.version, question.owner, question.conversation_id)
             version = await stack.enter_async_context(lease)
             started = await self._begin(question, version, prompt_ids)
@@ -232,7 +234,7 @@ class Service:
             healthy, report["store"] = False, {"error": str(error)}
         return healthy, {"status": "ok" if healthy else "unhealthy"} | report
 
-    def fit(self, messages: list[Message], room: int) -> list[Message]:
+    async def fit(self, messages: list[Message], room: int) -> list[Message]:
         """`messages` without as many of the oldest exchanges as it takes to leave `room` tokens for the answer.
 
         The last message always stays; if it is too long by itself, `answer` says so.
@@ -241,7 +243,7 @@ class Service:
         fitted = list(messages)
         while len(fitted) > 1:
             try:
-                if len(self._agent.render(fitted)) <= limit:
+                if len(await self._prompts.render(fitted)) <= limit:
                     break
             except PromptTooLong:
                 pass  # the same answer, given earlier
@@ -272,6 +274,12 @@ class Service:
                 self._idle.set()
 
     async def _begin(self, question: Question, version: str, prompt_ids: list[int]) -> Started:
+        asked: dict[str, Any] = {}
+        if question.terms.tools:
+            asked["tools"] = [tool.name for tool in question.terms.tools]
+        if question.response is not None:
+            asked["response"] = dict(question.response)
+
         def begin() -> tuple[str, str]:
             conversation_id = question.conversation_id
             if conversation_id is None:
@@ -285,6 +293,7 @@ class Service:
                 prompt_ids,
                 question.request_id,
                 stays=question.version is None,
+                asked=asked,
             )
             return conversation_id, turn_id
 
@@ -296,7 +305,7 @@ class Service:
         files = self.workspaces.files(turn.conversation_id) if self.workspaces is not None else []
         if any(file.modified_at < turn.created_at for file in files):
             return "the question came with files, which training doesn't have."
-        if any(message["role"] == "tool" for message in turn.messages):
+        if turn.asked.get("tools") or any(message["role"] == "tool" for message in turn.messages):
             return "the question rests on the client's own tools, which training doesn't have."
         return ""
 

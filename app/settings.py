@@ -168,6 +168,18 @@ class Settings(BaseSettings):
     )
     tool_calls_per_owner: int = Field(8, ge=1, description="tool calls of one owner at the same time")
     audit: bool = Field(True, description="write a line for each tool call to audit.jsonl")
+    training_consent: Literal["training", "service"] = Field(
+        "training", description="what an owner's conversations may be used for who didn't say: `whetstone data consent`"
+    )
+    retention_days: int | None = Field(
+        None,
+        ge=1,
+        le=36_500,
+        description="erase conversations that rested for so long, daily; None: keep all",
+    )
+    redact_training: bool = Field(
+        False, description="take e-mail addresses, numbers and the like out of questions before they are trained on"
+    )
     queue_max: int = Field(10_000, ge=1, description="tasks that may wait for training")
 
     @field_validator(

@@ -1,5 +1,7 @@
 """The record of conversations, outcomes, tasks, versions and runs. Open it with `Store.open(path)`."""
 
+from feedback_store.consent import Consent, Withdrawn
+from feedback_store.erasing import Busy, Erased
 from feedback_store.errors import DamagedRecord, InvalidRecord, NotFound, QueueFull, StoreError
 from feedback_store.records import (
     ApiKey,
@@ -23,14 +25,20 @@ from feedback_store.records import (
     Version,
     VersionChange,
 )
+from feedback_store.search import Found
 from feedback_store.store import Store
+from feedback_store.taints import Taint
 from feedback_store.tool_results import as_stored, result_hash
 
 __all__ = [
     "ApiKey",
+    "Busy",
     "Canary",
+    "Consent",
     "Conversation",
     "DamagedRecord",
+    "Erased",
+    "Found",
     "InService",
     "InvalidRecord",
     "Lineage",
@@ -49,10 +57,12 @@ __all__ = [
     "StoreError",
     "StoredObservation",
     "StoredStep",
+    "Taint",
     "ToolResult",
     "Turn",
     "Version",
     "VersionChange",
+    "Withdrawn",
     "as_stored",
     "result_hash",
 ]

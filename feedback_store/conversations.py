@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, get_args
 
-from sqlalchemy import Connection, Row, Select, func, insert, select, update
+from sqlalchemy import Connection, insert, select, update
 
-from feedback_store.codec import pack_ids, pack_logprobs, pack_mask, unpack_ids, unpack_logprobs, unpack_mask
+from feedback_store.codec import pack_ids, pack_logprobs, pack_mask
+from feedback_store.conversation_rows import conversation_of, conversation_rows, step_of, turn_of
 from feedback_store.database import Database
 from feedback_store.errors import InvalidRecord, NotFound
 from feedback_store.ids import new_id
 from feedback_store.processes import Process, is_alive, this_process
-from feedback_store.records import Conversation, FinalStatus, Message, StepLike, StoredStep, Turn
+from feedback_store.records import Conversation, FinalStatus, Message, StepLike, Turn
 from feedback_store.schema import conversations, steps, turns
-from feedback_store.tool_results import as_stored, call_hash, put_result, steps_with_results, stored_observation
+from feedback_store.search import add_answer_text, add_turn_text, conversations_with, put_title_text
+from feedback_store.tool_results import as_stored, call_hash, put_result, steps_with_results
 from feedback_store.versions import may_keep
 
 _OPEN = ("running", "interrupted")  # an interrupted turn may go on: its process was only out of sight
@@ -29,50 +31,6 @@ def check_messages(messages: Sequence[Message]) -> list[Message]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise InvalidRecord(f"Message {position} has no role: {message!r}. Give {{'role': …, 'content': …}}.")
     return list(messages)
-
-
-def _conversation_rows() -> Select[Any]:
-    count = select(func.count()).where(turns.c.conversation_id == conversations.c.id).scalar_subquery()
-    return select(conversations, count.label("turns"))
-
-
-def _conversation(row: Row[Any]) -> Conversation:
-    return Conversation(row.id, row.owner, row.title, row.turns, row.created_at, row.updated_at)
-
-
-def _step(row: Row[Any]) -> StoredStep:
-    return StoredStep(
-        index=row.position,
-        token_ids=unpack_ids(row.token_ids),
-        logprobs=unpack_logprobs(row.logprobs),
-        mask=unpack_mask(row.mask),
-        version=row.version,
-        text=row.text,
-        thought=row.thought,
-        action=row.action,
-        input=row.input,
-        observation=stored_observation(row),
-        well_formed=row.well_formed,
-        seconds=row.seconds,
-        drawn_by=tuple((version, tokens) for version, tokens in row.drawn_by or ()),
-    )
-
-
-def _turn(row: Row[Any], its_steps: list[StoredStep]) -> Turn:
-    return Turn(
-        id=row.id,
-        conversation_id=row.conversation_id,
-        request_id=row.request_id,
-        messages=row.messages,
-        prompt_ids=unpack_ids(row.prompt_ids),
-        version=row.version,
-        status=row.status,
-        answer=row.answer,
-        error=row.error,
-        created_at=row.created_at,
-        finished_at=row.finished_at,
-        steps=its_steps,
-    )
 
 
 def _last_user_message(messages: list[Message]) -> Message | None:
@@ -98,31 +56,39 @@ class Conversations(Database):
                     id=conversation_id, owner=owner, title=title, created_at=now, updated_at=now
                 )
             )
+            put_title_text(connection, conversation_id, title)
         return conversation_id
 
     def conversation(self, conversation_id: str) -> Conversation:
         with self._read() as connection:
-            row = connection.execute(_conversation_rows().where(conversations.c.id == conversation_id)).first()
+            row = connection.execute(conversation_rows().where(conversations.c.id == conversation_id)).first()
         if row is None:
             raise NotFound("conversation", conversation_id)
-        return _conversation(row)
+        return conversation_of(row)
 
     def conversations(self, owner: str | None = None, limit: int = 50) -> list[Conversation]:
         """The most recently used first."""
-        query = _conversation_rows().order_by(conversations.c.updated_at.desc(), conversations.c.id.desc()).limit(limit)
+        query = conversation_rows().order_by(conversations.c.updated_at.desc(), conversations.c.id.desc()).limit(limit)
         if owner is not None:
             query = query.where(conversations.c.owner == owner)
         with self._read() as connection:
-            return [_conversation(row) for row in connection.execute(query)]
+            return [conversation_of(row) for row in connection.execute(query)]
 
-    def conversations_page(self, owner: str, limit: int, after: str | None = None) -> list[Conversation]:
-        """An owner's, the newest first; those that began before the conversation `after`."""
-        query = _conversation_rows().where(conversations.c.owner == owner)
+    def conversations_page(
+        self, owner: str, limit: int, after: str | None = None, search: str | None = None
+    ) -> list[Conversation]:
+        """An owner's, the newest first; those that began before the conversation `after`; those that `search` finds.
+
+        Raises InvalidRecord for a search that is too long or has no word in it.
+        """
+        query = conversation_rows().where(conversations.c.owner == owner)
         if after is not None:
             query = query.where(conversations.c.id < after)
         with self._read() as connection:
+            if search is not None:
+                query = query.where(conversations.c.id.in_(conversations_with(connection, search)))
             rows = connection.execute(query.order_by(conversations.c.id.desc()).limit(limit))
-            return [_conversation(row) for row in rows]
+            return [conversation_of(row) for row in rows]
 
     def rename_conversation(self, conversation_id: str, title: str) -> None:
         with self._write() as connection:
@@ -131,6 +97,7 @@ class Conversations(Database):
             )
             if not done.rowcount:
                 raise NotFound("conversation", conversation_id)
+            put_title_text(connection, conversation_id, title)
 
     def history(self, conversation_id: str) -> list[Message]:
         """The done turns as OpenAI messages: each user's message and the final answer to it, oldest first."""
@@ -159,8 +126,10 @@ class Conversations(Database):
         prompt_ids: Sequence[int],
         request_id: str = "",
         stays: bool = False,
+        asked: Mapping[str, Any] | None = None,
     ) -> str:
-        """A running turn. `messages` is the whole prompt, `prompt_ids` its tokens as the engine gets them.
+        """A running turn. `messages` is the whole prompt, `prompt_ids` its tokens as the engine gets them. `asked`: see
+        `Turn`.
 
         `stays`: the conversation's next turns are to keep this turn's version, if it serves (see `versions`).
         """
@@ -176,9 +145,9 @@ class Conversations(Database):
             title, kept = row
             if stays:
                 kept = version if may_keep(connection, version, kept) else None
-            asked = _last_user_message(prompt)
-            if not title and asked and isinstance(asked.get("content"), str):
-                title = " ".join(asked["content"].split())[:80]
+            said = _last_user_message(prompt)
+            if not title and said and isinstance(said.get("content"), str):
+                title = " ".join(said["content"].split())[:80]
             connection.execute(
                 update(conversations)
                 .where(conversations.c.id == conversation_id)
@@ -190,6 +159,7 @@ class Conversations(Database):
                     conversation_id=conversation_id,
                     request_id=request_id,
                     messages=prompt,
+                    asked=dict(asked) if asked else None,
                     prompt_ids=packed,
                     version=version,
                     status="running",
@@ -201,6 +171,7 @@ class Conversations(Database):
                     created_at=now,
                 )
             )
+            add_turn_text(connection, conversation_id, turn_id, prompt)
         return turn_id
 
     def append_step(self, turn_id: str, step: StepLike) -> None:
@@ -250,6 +221,7 @@ class Conversations(Database):
                 .where(turns.c.id == turn_id)
                 .values(status=status, answer=answer, error=error, finished_at=now)
             )
+            add_answer_text(connection, turn_id, answer)
             its_conversation = select(turns.c.conversation_id).where(turns.c.id == turn_id).scalar_subquery()
             connection.execute(
                 update(conversations).where(conversations.c.id == its_conversation).values(updated_at=now)
@@ -262,7 +234,7 @@ class Conversations(Database):
             if row is None:
                 raise NotFound("turn", turn_id)
             its_steps = steps_with_results().where(steps.c.turn_id == turn_id).order_by(steps.c.position)
-            return _turn(row, [_step(step) for step in connection.execute(its_steps)])
+            return turn_of(row, [step_of(step) for step in connection.execute(its_steps)])
 
     def turn_of_request(self, request_id: str) -> str:
         """The id of the turn that answered a request: clients know a request's id, not a turn's."""
@@ -279,7 +251,7 @@ class Conversations(Database):
         if conversation_id is not None:
             query = query.where(turns.c.conversation_id == conversation_id)
         with self._read() as connection:
-            return [_turn(row, []) for row in connection.execute(query)]
+            return [turn_of(row, []) for row in connection.execute(query)]
 
     def turns_page(self, conversation_id: str, limit: int, after: str | None = None) -> list[Turn]:
         """A conversation's, without their steps, the oldest first; those after the turn `after`."""
@@ -287,7 +259,7 @@ class Conversations(Database):
         if after is not None:
             query = query.where(turns.c.id > after)
         with self._read() as connection:
-            return [_turn(row, []) for row in connection.execute(query.order_by(turns.c.id).limit(limit))]
+            return [turn_of(row, []) for row in connection.execute(query.order_by(turns.c.id).limit(limit))]
 
     def recover(self, stale_seconds: float = 86_400) -> int:
         """Marks running turns whose process is gone as interrupted, steps kept; returns how many.

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from sqlalchemy import Row, insert, select
 
-from feedback_store.database import Database
+from feedback_store.consent import NO_CONSENT, Consents
 from feedback_store.errors import InvalidRecord, NotFound, QueueFull
 from feedback_store.ids import new_id
 from feedback_store.queue import put_task
@@ -15,7 +15,7 @@ from feedback_store.records import Outcome, OutcomeSource
 from feedback_store.schema import outcomes, turns
 
 
-def _outcome(row: Row[Any]) -> Outcome:
+def outcome_of(row: Row[Any]) -> Outcome:
     return Outcome(
         id=row.id,
         turn_id=row.turn_id,
@@ -31,7 +31,7 @@ def _outcome(row: Row[Any]) -> Outcome:
     )
 
 
-class Outcomes(Database):
+class Outcomes(Consents):
     def add_outcome(
         self,
         turn_id: str,
@@ -45,9 +45,9 @@ class Outcomes(Database):
     ) -> Outcome:
         """Records a verdict (`score` in [0, 1], or None where only the right answer is known).
 
-        `no_task` says why the prompt can't be a task, if it can't. Otherwise, with a verifier and a gold, the turn's
-        prompt becomes a task of kind `verifier`, exactly once for the same messages, verifier and gold. A full queue
-        keeps the outcome, makes no task, and says so in `note`.
+        `no_task` says why the prompt can't be a task, if it can't; that its owner doesn't consent is a reason too.
+        Otherwise, with a verifier and a gold, the turn's prompt becomes a task of kind `verifier`, exactly once for the
+        same messages, verifier and gold. A full queue keeps the outcome, makes no task, and says so in `note`.
         """
         if source not in get_args(OutcomeSource):
             raise InvalidRecord(f"The source {source!r} is none of {', '.join(get_args(OutcomeSource))}.")
@@ -59,6 +59,8 @@ class Outcomes(Database):
             messages = connection.execute(select(turns.c.messages).where(turns.c.id == turn_id)).scalar()
             if messages is None:
                 raise NotFound("turn", turn_id)
+            if not no_task and verifier and gold and not self._consents_to_task(connection, turn_id):
+                no_task = NO_CONSENT
             if no_task:
                 note = f"No task was made: {no_task}"
             elif verifier and gold:
@@ -95,7 +97,7 @@ class Outcomes(Database):
                 "created_at": now,
             }
             connection.execute(insert(outcomes).values(row))
-            return _outcome(connection.execute(select(outcomes).where(outcomes.c.id == row["id"])).one())
+            return outcome_of(connection.execute(select(outcomes).where(outcomes.c.id == row["id"])).one())
 
     def outcomes(self, turn_id: str | None = None, limit: int = 100) -> list[Outcome]:
         """The newest first."""
@@ -103,4 +105,4 @@ class Outcomes(Database):
         if turn_id is not None:
             query = query.where(outcomes.c.turn_id == turn_id)
         with self._read() as connection:
-            return [_outcome(row) for row in connection.execute(query)]
+            return [outcome_of(row) for row in connection.execute(query)]

@@ -108,7 +108,7 @@ def give_up_claims(
     return connection.execute(update(tasks).where(which).values(changed)).rowcount
 
 
-def _task(row: Row[Any]) -> QueuedTask:
+def task_of(row: Row[Any]) -> QueuedTask:
     return QueuedTask(
         id=row.id,
         content_hash=row.content_hash,
@@ -205,7 +205,7 @@ class Queue(Database):
                 .where(tasks.c.run_id == run_id, tasks.c.state == "claimed")
                 .order_by(tasks.c.attempts, tasks.c.id)
             )
-            return [_task(row) for row in held if row.id in wanted]
+            return [task_of(row) for row in held if row.id in wanted]
 
     def renew(self, run_id: str, lease_seconds: float = 3600) -> int:
         """Lengthens the lease of every task that the run holds, lapsed ones that nobody took included; how many."""
@@ -270,7 +270,7 @@ class Queue(Database):
             ).first()
         if row is None:
             raise NotFound("task", task_id)
-        return _task(row)
+        return task_of(row)
 
     def tasks(self, state: TaskState | None = None, limit: int = 100) -> list[QueuedTask]:
         """The oldest first; a task whose lease lapsed shows as pending (or dead)."""
@@ -279,16 +279,16 @@ class Queue(Database):
         if state is not None:
             query = query.where(state_now == state)
         with self._read() as connection:
-            return [_task(row) for row in connection.execute(query)]
+            return [task_of(row) for row in connection.execute(query)]
 
     def queue_stats(self) -> dict[str, Any]:
-        """`{"pending": n, "claimed": n, "done": n, "dead": n, "by_kind": {kind: {state: n}}, "max_pending": n}`."""
+        """How many tasks each state has: `{"pending": n, …, "by_kind": {kind: {state: n}}, "max_pending": n}`."""
         state_now = _state_at(self._now()).label("state_now")
         with self._read() as connection:
             rows = connection.execute(
                 select(tasks.c.kind, state_now, func.count().label("n")).group_by(tasks.c.kind, state_now)
             ).all()
-        states: dict[str, int] = {"pending": 0, "claimed": 0, "done": 0, "dead": 0}
+        states: dict[str, int] = {"pending": 0, "claimed": 0, "done": 0, "dead": 0, "withdrawn": 0}
         by_kind: dict[str, dict[str, int]] = {}
         for row in rows:
             states[row.state_now] += row.n

@@ -11,7 +11,7 @@ Message = dict[str, Any]
 TurnStatus = Literal["running", "done", "no_answer", "length", "cancelled", "tool_calls", "error", "interrupted"]
 FinalStatus = Literal["done", "no_answer", "length", "cancelled", "tool_calls", "error"]
 OutcomeSource = Literal["verifier", "client", "person"]
-TaskState = Literal["pending", "claimed", "done", "dead"]
+TaskState = Literal["pending", "claimed", "done", "dead", "withdrawn"]
 ClaimState = Literal["claimed", "completed", "released", "expired"]
 VersionStatus = Literal["candidate", "published", "refused"]
 RunStatus = Literal["running", "promoted", "refused", "ended", "failed"]
@@ -122,7 +122,11 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Turn:
-    """A user's message and its answer. `messages` is the whole prompt; `steps` is empty in lists of turns."""
+    """A user's message and its answer. `messages` is the whole prompt; `steps` is empty in lists of turns.
+
+    `asked`: what the client asked beside the messages, as far as it must be known again: the names of its own `tools`,
+    and the `response` of the Responses API that the turn is, where it is one.
+    """
 
     id: str
     conversation_id: str
@@ -136,6 +140,7 @@ class Turn:
     created_at: datetime
     finished_at: datetime | None
     steps: list[StoredStep] = field(default_factory=list)
+    asked: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

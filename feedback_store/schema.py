@@ -82,6 +82,7 @@ turns = Table(
     Column("conversation_id", String(40), ForeignKey("conversations.id"), nullable=False),
     Column("request_id", CleanText, nullable=False),
     Column("messages", JSON, nullable=False),
+    Column("asked", JSON(none_as_null=True)),  # beside the messages; null: nothing that must be known again
     Column("prompt_ids", LargeBinary, nullable=False),
     Column("version", CleanText, nullable=False),
     Column("status", String(16), nullable=False),
@@ -221,6 +222,7 @@ outcomes = Table(
     Column("note", CleanText, nullable=False),
     Column("created_at", UtcTime, nullable=False),
     Index(None, "turn_id"),
+    Index(None, "task_id"),
     Index(None, "source"),
 )
 
@@ -279,4 +281,65 @@ Index(
     unique=True,
     sqlite_where=api_keys.c.revoked_at.is_(None),
     postgresql_where=api_keys.c.revoked_at.is_(None),
+)
+
+# What a search looks through: a row for each turn, and one without a turn for a conversation's own title. SQLite has
+# an FTS5 index of it (`search_index`, kept by triggers), PostgreSQL a GIN index: both are made by the migration.
+search_texts = Table(
+    "search_texts",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("conversation_id", String(40), ForeignKey("conversations.id"), nullable=False),
+    Column("turn_id", String(40), ForeignKey("turns.id")),
+    Column("text", CleanText, nullable=False),
+    Index(None, "conversation_id"),
+    Index(None, "turn_id"),
+)
+
+consents = Table(  # what an owner said; who said nothing is held to the setting
+    "consents",
+    metadata,
+    Column("owner", CleanText, primary_key=True),
+    Column("training", Boolean, nullable=False),
+    Column("at", UtcTime, nullable=False),
+)
+
+tombstones = Table(  # of a conversation that was erased: ids and times
+    "tombstones",
+    metadata,
+    Column("conversation_id", String(40), primary_key=True),
+    Column("owner_hash", String(64), nullable=False),  # see `erasure.owner_hash`
+    Column("turns", Integer, nullable=False),
+    Column("reason", String(16), nullable=False),  # forgotten, expired
+    Column("created_at", UtcTime, nullable=False),
+    Column("erased_at", UtcTime, nullable=False),
+    Column("swept_at", UtcTime),  # when files and the database's own leftovers were gone too
+    Index(None, "owner_hash"),
+    Index(None, "swept_at"),
+)
+
+erased_turns = Table(
+    "erased_turns",
+    metadata,
+    Column("turn_id", String(40), primary_key=True),
+    Column("conversation_id", String(40), nullable=False),  # which may still be there, without this turn
+    Column("version", CleanText, nullable=False),
+    Column("erased_at", UtcTime, nullable=False),
+    Index(None, "conversation_id"),
+)
+
+erased_uses = Table(  # what a run trained on and was erased since
+    "erased_uses",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("run_id", String(40), ForeignKey("runs.id"), nullable=False),
+    Column("task_id", String(40), ForeignKey("tasks.id"), nullable=False),
+    Column("conversation_id", String(40), ForeignKey("tombstones.conversation_id")),  # null: the task was of none
+    Column("owner_hash", String(64), nullable=False),
+    Column("taints", Boolean, nullable=False),  # the run's versions: not where the text only grew too old
+    Column("at", UtcTime, nullable=False),
+    Index(None, "run_id"),
+    Index(None, "task_id"),
+    Index(None, "conversation_id"),
+    Index(None, "owner_hash"),
 )

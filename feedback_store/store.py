@@ -10,18 +10,39 @@ from sqlalchemy import func, select
 
 from feedback_store.conversations import Conversations
 from feedback_store.database import Clock, connect_to, parse_location, utc_now
-from feedback_store.deletion import Deletion
+from feedback_store.erasure import Erasure
 from feedback_store.keys import Keys
+from feedback_store.lineage import LineageTree
 from feedback_store.migrate import bring_up_to_date
 from feedback_store.outcomes import Outcomes
 from feedback_store.queue import Queue
 from feedback_store.runs import Runs
 from feedback_store.schema import conversations, outcomes, turns
+from feedback_store.search import Search
+from feedback_store.selection import Reading
+from feedback_store.statistics import Statistics
+from feedback_store.sweep import Sweep
+from feedback_store.taints import Taints
 from feedback_store.tool_results import ToolResults
 from feedback_store.versions import Versions
 
 
-class Store(Conversations, ToolResults, Outcomes, Queue, Versions, Runs, Keys, Deletion):
+class Store(
+    Conversations,
+    ToolResults,
+    Outcomes,
+    Queue,
+    Versions,
+    Runs,
+    Keys,
+    Search,
+    Erasure,
+    Sweep,
+    Taints,
+    LineageTree,
+    Statistics,
+    Reading,
+):
     """The record of conversations, outcomes, tasks, versions and runs, and the API keys.
 
     Every method is one transaction and blocks; async code calls it through `asyncio.to_thread`. Threads may share

@@ -26,7 +26,7 @@ def _last_change(connection: Connection) -> Row[Any] | None:
     return connection.execute(select(version_changes).order_by(version_changes.c.id.desc()).limit(1)).first()
 
 
-def _current(connection: Connection) -> str | None:
+def current_version_of(connection: Connection) -> str | None:
     last = _last_change(connection)
     return None if last is None else last.version_id
 
@@ -39,7 +39,7 @@ def _canary(connection: Connection) -> Canary | None:
         .order_by(canary_changes.c.id.desc())
         .limit(1)
     ).first()
-    if row is None or not row.share or row.status != "published" or row.version_id == _current(connection):
+    if row is None or not row.share or row.status != "published" or row.version_id == current_version_of(connection):
         return None
     return Canary(row.version_id, row.share)
 
@@ -137,7 +137,7 @@ class Versions(Database):
         _check_status(status)
         with self._write() as connection:
             _status_of(connection, id)
-            if status != "published" and _current(connection) == id:
+            if status != "published" and current_version_of(connection) == id:
                 raise InvalidRecord(f"Version {id!r} is in service; make another one current before it is {status}.")
             connection.execute(
                 update(versions).where(versions.c.id == id).values(status=status, updated_at=self._now())
@@ -154,7 +154,7 @@ class Versions(Database):
             status = _status_of(connection, id)
             if status != "published":
                 raise InvalidRecord(f"Version {id!r} is {status}; only a published version can serve.")
-            previous, canary = _current(connection), _canary(connection)
+            previous, canary = current_version_of(connection), _canary(connection)
             if previous != id:
                 connection.execute(
                     insert(version_changes).values(version_id=id, previous=previous, reason=reason, at=self._now())
@@ -175,7 +175,7 @@ class Versions(Database):
 
     def current_version(self) -> str | None:
         with self._read() as connection:
-            return _current(connection)
+            return current_version_of(connection)
 
     def version_changes(self, limit: int = 100) -> list[VersionChange]:
         """What served when and why, the newest change first."""
@@ -199,9 +199,9 @@ class Versions(Database):
             if share:
                 if status != "published":
                     raise InvalidRecord(f"Version {id!r} is {status}; only a published version can be tried.")
-                if _current(connection) == id:
+                if current_version_of(connection) == id:
                     raise InvalidRecord(f"Version {id!r} is in service already; a canary is another version.")
-                for full in (id, _current(connection)):
+                for full in (id, current_version_of(connection)):
                     if _is_full(connection, full):
                         raise InvalidRecord(
                             f"Version {full!r} is full weights, of which an engine has one set: no other version can "
@@ -214,7 +214,7 @@ class Versions(Database):
                 raise InvalidRecord(f"Version {id!r} isn't on trial; {canary.version!r} is.")
             if canary is not None:
                 self._record_canary(connection, id, 0.0, reason)
-            if not move_conversations or _current(connection) == id:
+            if not move_conversations or current_version_of(connection) == id:
                 return 0
             on_it = conversations.c.version == id
             return connection.execute(update(conversations).where(on_it).values(version=None)).rowcount
@@ -239,7 +239,7 @@ class Versions(Database):
                         versions.c.status == "published",
                     )
                 ).scalar()
-            return InService(_current(connection), _canary(connection), kept)
+            return InService(current_version_of(connection), _canary(connection), kept)
 
     def conversations_on(self, idle_seconds: float) -> dict[str, int]:
         """How many conversations that aren't idle stay on each version; versions without any are left out."""

@@ -29,6 +29,7 @@ from online_rl.gate import Decision, GateConfig, ItemResult, decide
 from online_rl.memory import keep_freed_memory, return_freed_memory
 from online_rl.publication import Outdated, promote, register
 from online_rl.recipe import Recipe
+from online_rl.redaction import Redact, redact_task
 from online_rl.replay import Replay, keeping
 from online_rl.report import write_report
 from online_rl.result_record import EVALUATION, ROLLOUTS, ResultRecord
@@ -60,7 +61,8 @@ class RunRefused(RuntimeError):
 @dataclass(frozen=True)
 class RunOptions:
     """What a run works on. `heldout` is the evaluation's frozen set; a queued task that is in it isn't trained on.
-    `practice` makes up for a queue of fewer tasks than it has itself. `tool_seconds` is what one tool call may take."""
+    `practice` makes up for a queue of fewer tasks than it has itself. `tool_seconds` is what one tool call may take.
+    `redact` takes what identifies people out of queued questions."""
 
     recipe: Recipe
     heldout: Sequence[Task]
@@ -72,6 +74,7 @@ class RunOptions:
     evaluation: Sampling = field(default_factory=lambda: Sampling(0.7, 0.95, 256, seed=1))
     gate: GateConfig = field(default_factory=GateConfig)
     tool_seconds: float = Limits.tool_seconds
+    redact: Redact | None = None
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,7 @@ class _Run:
             tasks = []
             aside: dict[str, list[str]] = {}
             self.store.release(self.id)  # what a claim held that was killed before it was written down
+            self.store.withdraw_without_consent()
             # What is set aside stays claimed until the run ends, so it can't keep later tasks from being reached.
             while len(tasks) < self.options.claim and (
                 batch := self.store.claim(self.id, self.options.claim - len(tasks), LEASE_S)
@@ -225,11 +229,11 @@ class _Run:
                 for queued in batch:
                     messages, meta = tuple(queued.messages), {"queue_id": queued.id}
                     task = Task(messages, queued.verifier, queued.gold, queued.kind, "queue", meta)
-                    reason = "held out for evaluation" if task.question in frozen else self._unfit(task)
-                    if reason:
-                        aside.setdefault(reason, []).append(queued.id)
+                    fit = "held out for evaluation" if task.question in frozen else self._fit(task)
+                    if isinstance(fit, str):
+                        aside.setdefault(fit, []).append(queued.id)
                     else:
-                        tasks.append(task)
+                        tasks.append(fit)
             claimed = len(tasks)
             tasks += self.options.practice[claimed:]
             _write(file, [asdict(task) for task in tasks])
@@ -240,12 +244,16 @@ class _Run:
         )
         return tasks
 
-    def _unfit(self, task: Task) -> str:
+    def _fit(self, task: Task) -> Task | str:
+        """The task as it is trained on, or why it can't be."""
+        fit = task if self.options.redact is None else redact_task(task, self.options.redact)
+        if isinstance(fit, str):
+            return fit
         try:
-            self.agent.render(task.messages)
+            self.agent.render(fit.messages)
         except PromptTooLong:
             return "too long for the training context"
-        return ""
+        return fit
 
     async def _train(self, tasks: list[Task]) -> list[Metrics]:
         done = self.folder / "trained.json"

@@ -98,8 +98,14 @@ class Agent:
         if terms.schema is not None:
             messages = [*messages, {"role": "system", "content": _as_json(terms.schema)}]
         server = self.toolbox.schemas(allowed)
-        ids = self.dialect.render(messages, [*server, *terms.tools])
         room = self.context - _ROOM_FOR_AN_ANSWER
+        far_too_long = sum(len(message["content"]) for message in messages) > _CHARS_PER_TOKEN * room
+        if far_too_long and (least := self.dialect.at_least(messages)) > room:  # encoding it would take a second
+            raise PromptTooLong(
+                f"The conversation has {least} tokens or more; the model reads at most {room}. Shorten it or start "
+                "anew."
+            )
+        ids = self.dialect.render(messages, [*server, *terms.tools])
         if len(ids) > room:
             without = len(self.dialect.render(messages, server)) if terms.tools else len(ids)
             if without <= room:
@@ -138,6 +144,7 @@ class Agent:
             prompt_ids = self.render(messages, allowed, terms)
         ids_so_far = list(prompt_ids)
         steps: list[Step] = []
+        most = min(self.limits.answer_tokens, terms.own_tokens or self.limits.answer_tokens)
         spent = 0  # own tokens so far
         answer = ""
         stop_reason: StopReason = "no_answer"
@@ -148,7 +155,7 @@ class Agent:
             drawn = replace(
                 sampling,
                 seed=None if sampling.seed is None else sampling.seed + index,
-                max_tokens=min(sampling.max_tokens, self.limits.answer_tokens - spent, self.context - len(ids_so_far)),
+                max_tokens=min(sampling.max_tokens, most - spent, self.context - len(ids_so_far)),
             )
             request = GenerateRequest(ids_so_far, version, drawn, self.dialect.stops(last), terms.top_logprobs)
             async with aclosing(self._write(written, request, terms, last)) as shown:
@@ -195,7 +202,7 @@ class Agent:
             room = self.context - len(ids_so_far) - len(written.ids) - _ROOM_FOR_AN_ANSWER
             no_more = index + 1 == self.limits.max_turns
             observed = self.dialect.encode_observation(observation.text, last=no_more, after=written.ids)
-            full = len(observed) > room or spent >= self.limits.answer_tokens
+            full = len(observed) > room or spent >= most
             if full:
                 observed = []
             steps.append(_step(index, parsed, written, version, began, observation, observed))

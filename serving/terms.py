@@ -16,13 +16,15 @@ ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 class Terms:
     """`stop`: the answer's text ends before one of these. `top_logprobs`: None, or how many alternatives to tell with
     each token of the answer. `schema`: what the answer is JSON of. `tools`: the client's own, which end the answer when
-    they are called; `must_call` are the names of those of which one must be."""
+    they are called; `must_call` are the names of those of which one must be. `own_tokens`: that the policy may write,
+    in all generations of the answer; None for as many as the agent lets it."""
 
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
     schema: Mapping[str, Any] | None = None
     tools: tuple[ToolSchema, ...] = ()
     must_call: tuple[str, ...] = ()
+    own_tokens: int | None = None
 
     def until_stop(self, text: str) -> str:
         stop = StopText(self.stop)

@@ -110,6 +110,27 @@ async def test_runs_are_listed_and_shown(base: BaseModel, store: Store, tmp_path
         assert (await client.get("/v1/admin/runs?limit=0")).status_code == 400
 
 
+async def test_a_version_the_queue_and_the_counts_are_shown(base: BaseModel, store: Store, tmp_path: Path) -> None:
+    run_id = store.start_run("embedded-cpu", {})
+    store.add_version("v4", "v0", "", {"note": "made"}, "candidate", run_id=run_id)
+    async with calling(base, store, tmp_path, admin_open_on_loopback=True) as client:
+        told = (await client.post("/v1/chat/completions", json=TAUGHT)).json()["whetstone"]
+        queue = (await client.get("/v1/admin/queue")).json()
+        assert queue["stats"]["pending"] == 1
+        (task,) = queue["data"]
+        assert (task["id"], task["gold"], task["state"]) == (told["outcome"]["task_id"], "42", "pending")
+        assert task["messages"][-1]["content"] == "What is 6 * 7?"
+        assert (await client.get("/v1/admin/queue?state=done")).json()["data"] == []
+        store.complete(run_id, [claimed.id for claimed in store.claim(run_id, 1)])
+        version = (await client.get("/v1/admin/versions/v4")).json()
+        assert (version["manifest"], version["status"]) == ({"note": "made"}, "candidate")
+        assert version["lineage"]["task_ids"] == [task["id"]]
+        assert version["lineage"]["conversation_ids"] == [told["conversation_id"]]
+        assert (await client.get("/v1/admin/stats")).json()["turns"] == {"done": 1}
+        assert (await client.get("/v1/admin/versions/v9")).status_code == 404
+        assert (await client.get("/v1/admin/queue?state=lost")).json()["error"]["param"] == "state"
+
+
 async def test_conversations_are_paged_and_read_by_their_owner(base: BaseModel, store: Store, tmp_path: Path) -> None:
     others = store.create_conversation("somebody else")
     async with calling(base, store, tmp_path) as client:
@@ -128,7 +149,7 @@ async def test_conversations_are_paged_and_read_by_their_owner(base: BaseModel, 
     assert store.conversation(others).owner == "somebody else"
 
 
-async def test_a_deleted_conversation_leaves_only_what_a_run_has_taken(
+async def test_a_deleted_conversation_is_erased_and_taints_what_learnt_from_it(
     base: BaseModel, store: Store, tmp_path: Path
 ) -> None:
     async with calling(base, store, tmp_path) as client:
@@ -137,7 +158,9 @@ async def test_a_deleted_conversation_leaves_only_what_a_run_has_taken(
         await client.post(f"{path}/files", files={"files": ("a.txt", b"mine")})
         gone = (await client.delete(path)).json()
         assert gone["deleted"]
-        assert gone["whetstone"] == {"turns": 1, "tasks_deleted": 1, "tasks_kept": 0, "note": ""}
+        assert gone["whetstone"] == {
+            "turns": 1, "tasks_deleted": 1, "tasks_kept": 0, "versions_tainted": [], "note": "",
+        }  # fmt: skip
         assert (await client.get(path)).status_code == 404
         assert not (tmp_path / "files" / told["conversation_id"]).exists()
         with pytest.raises(NotFound):
@@ -146,20 +169,46 @@ async def test_a_deleted_conversation_leaves_only_what_a_run_has_taken(
             store.task(told["outcome"]["task_id"])
 
         told = (await client.post("/v1/chat/completions", json=TAUGHT)).json()["whetstone"]
-        store.claim(store.start_run("embedded-cpu", {}), 1)
-        gone = (await client.delete(f"/v1/conversations/{told['conversation_id']}")).json()["whetstone"]
-        assert (gone["tasks_deleted"], gone["tasks_kept"]) == (0, 1)
+        run = store.start_run("embedded-cpu", {})
+        store.claim(run, 1)
+        path = f"/v1/conversations/{told['conversation_id']}"
+        busy = await client.delete(path)
+        assert busy.status_code == 409
+        assert run in busy.json()["error"]["message"]
+        store.add_version("v3", "v1", "", {}, "published", run_id=run)
+        store.finish_run(run, "promoted", {})
+        gone = (await client.delete(path)).json()["whetstone"]
+        assert (gone["tasks_deleted"], gone["tasks_kept"], gone["versions_tainted"]) == (1, 0, ["v3"])
         assert "keep what they learnt" in gone["note"]
+        models = {m["id"]: m["whetstone"]["tainted"] for m in (await client.get("/v1/models")).json()["data"]}
+        assert models == {"whetstone": False, "v0": False, "v1": False, "v3": True}
 
         open_one = store.create_conversation("local")
         store.begin_turn(open_one, [{"role": "user", "content": "x"}], "v0", [1])
         assert (await client.delete(f"/v1/conversations/{open_one}")).status_code == 409
 
 
+async def test_conversations_are_searched_by_their_owner(base: BaseModel, store: Store, tmp_path: Path) -> None:
+    async with calling(base, store, tmp_path, admin_open_on_loopback=True) as client:
+        told = (await client.post("/v1/chat/completions", json=SUM)).json()["whetstone"]
+        store.create_conversation("somebody else", "What is 6 * 7?")
+        found = (await client.get("/v1/conversations", params={"search": "what IS result"})).json()
+        assert [item["id"] for item in found["data"]] == [told["conversation_id"]]
+        assert (await client.get("/v1/conversations", params={"search": "absent"})).json()["data"] == []
+        for hostile in ('"', "*", "", "a" * 1001, "\0", "NEAR("):
+            status = (await client.get("/v1/conversations", params={"search": hostile})).status_code
+            assert status == (200 if hostile == "NEAR(" else 400), hostile
+        run = store.start_run("r", {})
+        assert (await client.get("/v1/admin/versions")).json()["data"][0]["tainted"] is None
+        store.finish_run(run, "ended", {})
+
+
 async def test_feedback_on_a_conversation_judges_its_last_answer(base: BaseModel, store: Store, tmp_path: Path) -> None:
     async with calling(base, store, tmp_path) as client:
         told = (await client.post("/v1/chat/completions", json=SUM)).json()["whetstone"]
         verdict = {"conversation_id": told["conversation_id"], "score": 1}
+        assert (await client.post("/v1/feedback", json=verdict)).json()["turn_id"] == told["turn_id"]
+        store.finish_turn(store.begin_turn(told["conversation_id"], SUM["messages"], "v0", [1]), "", "error")  # type: ignore[arg-type]
         assert (await client.post("/v1/feedback", json=verdict)).json()["turn_id"] == told["turn_id"]
         both = await client.post("/v1/feedback", json=verdict | {"turn_id": told["turn_id"]})
         assert both.status_code == 400

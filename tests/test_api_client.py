@@ -122,6 +122,17 @@ async def test_a_client_that_goes_away_cancels_and_leaves_a_closed_turn(served: 
     assert served.engine.aborted == 1
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_goes_away_before_the_first_token_cancels_at_once(served: Served, stream: bool) -> None:
+    served.engine.delay = 3600  # no event will come
+    asking = asyncio.create_task(_ask(served, stream))
+    await until(lambda: len(served.engine.requests) == 1)
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    await until(lambda: served.store.turns()[0].status == "cancelled")
+    assert served.engine.aborted == 1
+
+
 async def _ask(served: Served, stream: bool) -> None:
     if stream:
         async for _ in await served.client.chat.completions.create(model="whetstone", messages=SLOW, stream=True):

@@ -50,10 +50,13 @@ def test_no_request_is_an_error_of_the_servers(described: Any) -> None:
             def check(case: Any) -> None:
                 if isinstance(case.body, dict) and case.body.get("messages"):  # get past the first checks
                     case.body |= {"model": "whetstone", "messages": [{"role": "user", "content": "hello"}]}
+                if isinstance(case.body, dict) and case.body.get("input"):
+                    case.body |= {"model": "whetstone", "input": "hello"}
                 response = case.call(headers=LOOPBACK)
                 assert response.status_code < 500, (response.text, case.as_curl_command())
                 seen.add(case.operation.label)
 
             with contextlib.suppress(Unsatisfiable):  # a route without parameters has no unsound requests
                 check()
-    assert {"POST /v1/chat/completions", "POST /v1/feedback", "GET /v1/models"} <= seen
+    assert {"POST /v1/chat/completions", "POST /v1/responses", "POST /v1/feedback", "GET /v1/models"} <= seen
+    assert {f"{method} /v1/responses/{{response_id}}" for method in ("GET", "DELETE")} <= seen

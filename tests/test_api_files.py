@@ -115,6 +115,20 @@ async def test_a_stream_ends_with_the_same(world: World) -> None:
     assert cited["url_citation"]["url"] == "https://example.org/sales_%28a%29"
 
 
+async def test_a_response_cites_whole_streamed_and_when_it_is_read_back(world: World) -> None:
+    client = openai.AsyncOpenAI(base_url="http://127.0.0.1:8000/v1", api_key=KEYS[0], http_client=world.client)
+    asked: Any = {"model": "whetstone", "input": "What is 6 * 7?"}
+    whole = await client.responses.create(**asked)
+    events = [event async for event in await client.responses.create(**asked, stream=True)]
+    kept = await client.responses.retrieve(whole.id)
+    added = [event.annotation for event in events if event.type == "response.output_text.annotation.added"]
+    for output in (whole.output, events[-1].response.output, kept.output):
+        (cited,) = output[0].content[0].annotations
+        assert (cited.type, cited.url) == ("url_citation", "https://example.org/sales_%28a%29")
+        assert cited.start_index == cited.end_index == len(output[0].content[0].text)
+        assert [cited.model_dump()] == [one.model_dump() for one in added]
+
+
 async def test_a_question_with_files_is_judged_but_makes_no_task(world: World) -> None:
     """Training would ask it without the files. What the answer itself wrote is no reason."""
     asked = {**SUM, "metadata": {"conversation_id": world.conversation, "verifier": "numeric", "gold": "42"}}

@@ -159,12 +159,32 @@ async def test_answers_at_once_are_counted_until_they_end(serve: Serve) -> None:
                 await client.chat.completions.create(model="whetstone", messages=HELLO)
             assert refused.value.code == "concurrency_limit_exceeded"
             assert refused.value.response.headers["retry-after"]
+            with pytest.raises(openai.RateLimitError, match="1 answer under way"):
+                await client.responses.create(model="whetstone", input="hello")
             await client.models.list()  # no answer: not held up
             both = [other.chat.completions.create(model="whetstone", messages=HELLO) for _ in range(2)]
             assert len(await asyncio.gather(*both)) == 2
             async for _ in stream:
                 pass
             await client.chat.completions.create(model="whetstone", messages=HELLO)
+
+
+async def test_each_of_several_answers_takes_a_place_of_its_keys(serve: Serve) -> None:
+    async with serve(answers_per_key=3) as served:
+        served.engine.delay = 0.01
+        _, secret = served.store.add_key("three", ["chat"])
+        async with served.client(secret) as client:
+            create = client.chat.completions.create
+            stream = await create(model="whetstone", messages=SLOW, stream=True)
+            with pytest.raises(openai.RateLimitError, match="1 answer under way and asks for 3 more; its limit is 3"):
+                await create(model="whetstone", messages=HELLO, n=3)
+            assert len((await create(model="whetstone", messages=HELLO, n=2)).choices) == 2
+            async for _ in stream:
+                pass
+            assert len((await create(model="whetstone", messages=HELLO, n=3)).choices) == 3
+            with pytest.raises(openai.BadRequestError, match="may have 3 answers at once") as never:
+                await create(model="whetstone", messages=HELLO, n=4)
+            assert never.value.param == "n"
 
 
 async def test_browsers_elsewhere_are_kept_out_unless_named(serve: Serve) -> None:

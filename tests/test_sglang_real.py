@@ -39,6 +39,7 @@ from tests.test_sglang_server import group
 from tests.tiny_model import save_tiny_model, tiny_policy
 from tests.tiny_world import make_base, sums
 from tools.python import PythonTool
+from tools.search import SearchOptions, open_search
 from tools.toolbox import Toolbox
 
 PYTHON = os.environ.get("WHETSTONE_SGLANG_PYTHON", "")
@@ -290,7 +291,8 @@ async def test_a_run_samples_trains_and_compares_on_sglang(tmp_path):
         store.add_version("v0", None, str(v0), manifest.model_dump(), "published")
         store.set_current("v0", "test")
         opening = opener(settings, store, lambda _: None, "training")
-        result = await asyncio.to_thread(run_once, tmp_path, store, opening, Toolbox([PythonTool()]), options)
+        tools = Toolbox([PythonTool(), open_search(tmp_path, SearchOptions())])  # the policy knows the rules for both
+        result = await asyncio.to_thread(run_once, tmp_path, store, opening, tools, options)
         assert result.status in ("promoted", "refused"), result.reasons
         assert [version.id for version in store.versions()] == ["v0", "v1"]
     rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]

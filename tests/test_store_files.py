@@ -100,10 +100,16 @@ def test_a_migration_finds_rows_that_point_nowhere(old_file: Path) -> None:
     assert revision_of(old_file) == "0001"
 
 
+def _not_the_search_index(name: str | None, kind: str, parents: Any) -> bool:
+    return not (kind == "table" and str(name).startswith("search_index"))  # a virtual table and what FTS5 keeps for it
+
+
 def test_the_migrations_make_the_schema(path: Path) -> None:
     Store.open(path).close()
     with create_engine(f"sqlite:///{path}").connect() as connection:
-        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        context = MigrationContext.configure(
+            connection, opts={"compare_type": True, "include_name": _not_the_search_index}
+        )
         assert compare_metadata(context, metadata) == []
 
 

@@ -1,17 +1,22 @@
 """What a client asks of an answer, in both dialects: stop strings, logprobs, a schema, tools of its own."""
 
+import asyncio
 import json
 import socket
 from contextlib import aclosing
+from copy import deepcopy
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.normalizers import NFC
 
 from serving.agent import Agent, Limits, ToolsTooLong
 from serving.dialects import make_dialect
-from serving.engines.base import GrammarFailed
+from serving.dialects.plain import PlainEncoder
+from serving.engines.base import GrammarFailed, PromptTooLong
 from serving.json_schema import BadSchema, check_grammar, holds
+from serving.prompts import PromptRenderer
 from serving.terms import StopText, Terms
 from serving.trajectory import AnswerText, ClientCall
 from tests.fakes import ScriptedEngine
@@ -266,3 +271,51 @@ def test_a_schema_of_any_depth_is_refused_in_time():
         deep = {"items": deep}
     with pytest.raises(BadSchema, match="levels deep"):
         check_grammar(deep)
+
+
+@pytest.fixture(scope="module")
+def plain(base):
+    return PlainEncoder(base.tokenizer)
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(codec="utf-8") | st.sampled_from("# =\n<|im_end>"), max_size=300))
+def test_no_text_has_fewer_tokens_than_are_told_without_encoding_it(plain, text):
+    assert plain.at_least(text) <= len(plain(text))
+    long = text + "\n" + " " * 80  # one token, the longest that there is
+    assert 10 <= plain.at_least(long * 10) <= len(plain(long * 10))
+
+
+def test_a_text_that_a_tokenizer_makes_shorter_counts_as_it_is_read(base):
+    tokenizer = deepcopy(base.tokenizer)
+    tokenizer.backend_tokenizer.normalizer = NFC()
+    encode = PlainEncoder(tokenizer)
+    text = "\u1112\u1161\u11ab" * 2000  # three letters of Hangul, which are one syllable
+    assert len(text.encode()) == 18_000
+    assert encode.at_least(text) == 6000 // 81 <= len(encode(text))
+
+
+def test_a_text_that_is_far_too_long_is_refused_unread(make, base):
+    agent = make("")
+    encode, agent.dialect.render = agent.dialect.render, None  # not even tried
+    with pytest.raises(PromptTooLong, match=r"has 12345 tokens or more; the model reads at most 1984"):
+        agent.render([{"role": "user", "content": "x" * 81 * 12345}])
+    agent.dialect.render = encode
+    with pytest.raises(PromptTooLong, match=r"has \d+ tokens; the model"):
+        agent.render([{"role": "user", "content": "word " * 4000}])
+
+
+async def test_prompts_are_rendered_beside_the_loop_with_a_tokenizer_of_their_own(make):
+    agent = make("")
+    renderer = PromptRenderer(agent)
+    long = [{"role": "user", "content": "word " * 30_000}]  # under the bound: it is encoded
+    rendering = [asyncio.ensure_future(renderer.render(long)) for _ in range(4)]
+    beats = 0
+    while not all(one.done() for one in rendering):
+        await asyncio.sleep(0)
+        agent.dialect.fit("what a tool returned " * 100, 50)
+        beats += 1
+    assert beats > 8, "the loop went on"
+    assert {str(one.exception()) for one in rendering} == {str(rendering[0].exception())}
+    assert "tokens; the model" in str(rendering[0].exception())
+    assert await renderer.render(ASK) == agent.render(ASK)

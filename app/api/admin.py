@@ -1,4 +1,4 @@
-"""/v1/admin: versions (which serves, another, back again) and runs, as `whetstone versions` and `whetstone runs`."""
+"""/v1/admin: versions (which serves, another, back again), runs, the queue and counts, as the command line has them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from fastapi import APIRouter, Query
 from app.api.errors import ApiError
 from app.api.schema import VersionTrial, VersionUse
 from app.service import Service
-from feedback_store import InvalidRecord, Run, Version
+from feedback_store import InvalidRecord, QueuedTask, Run, Taint, Version
+from feedback_store.records import TaskState
 from serving.engines.base import UnknownVersion
 
 Limit = Annotated[int, Query(ge=1, le=200)]
@@ -25,15 +26,24 @@ def router(service: Service) -> APIRouter:
     @routes.get("/versions", summary="The versions, oldest first; which serves, and its last changes")
     async def versions(changes: Limit = 20) -> dict[str, Any]:
         def look() -> dict[str, Any]:
-            current = store.current_version()
+            current, tainted = store.current_version(), store.tainted()
             return {
                 "object": "list",
                 "current": current,
-                "data": [_version(version, current) for version in store.versions()],
+                "data": [_version(version, current, tainted.get(version.id)) for version in store.versions()],
                 "changes": [asdict(change) for change in store.version_changes(changes)],
             }
 
         return await service.call(look) | {"serving_here": await service.router.status()}
+
+    @routes.get("/versions/{version_id}", summary="A version with its manifest, and the tasks that it was trained on")
+    async def version(version_id: str) -> dict[str, Any]:
+        def look() -> dict[str, Any]:
+            found = store.version(version_id)
+            shown = _version(found, store.current_version(), store.tainted().get(version_id))
+            return shown | {"manifest": found.manifest, "lineage": store.lineage(version_id)}
+
+        return await service.call(look)
 
     @routes.post("/versions/rollback", summary="Put the version back in service that served before this one")
     async def roll_back(body: VersionUse | None = None) -> dict[str, Any]:
@@ -73,6 +83,18 @@ def router(service: Service) -> APIRouter:
 
         return await service.call(look)
 
+    @routes.get("/queue", summary="How many tasks there are, and those of one state, oldest first")
+    async def queue(state: TaskState = "pending", limit: Limit = 20) -> dict[str, Any]:
+        def look() -> dict[str, Any]:
+            tasks = [_task(task) for task in store.tasks(state, limit)]
+            return {"object": "list", "stats": store.queue_stats(), "data": tasks}
+
+        return await service.call(look)
+
+    @routes.get("/stats", summary="How much is in the record")
+    async def stats() -> dict[str, Any]:
+        return {"object": "whetstone.stats"} | await service.call(store.stats)
+
     return routes
 
 
@@ -99,7 +121,7 @@ def _not_published() -> Iterator[None]:
         raise ApiError(409, str(error), "version_not_published") from None
 
 
-def _version(version: Version, current: str | None) -> dict[str, Any]:
+def _version(version: Version, current: str | None, taint: Taint | None) -> dict[str, Any]:
     return {
         "id": version.id,
         "object": "whetstone.version",
@@ -108,8 +130,15 @@ def _version(version: Version, current: str | None) -> dict[str, Any]:
         "kind": version.manifest.get("kind", "lora"),
         "status": version.status,
         "current": version.id == current,
+        "tainted": taint and {"since": taint.since, "tasks": taint.tasks, "runs": taint.runs},
         "created_at": version.created_at,
     }
+
+
+def _task(task: QueuedTask) -> dict[str, Any]:
+    shown = asdict(task)
+    del shown["content_hash"]
+    return {"object": "whetstone.task"} | shown
 
 
 def _run(run: Run) -> dict[str, Any]:

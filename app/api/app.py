@@ -6,9 +6,10 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from starlette.middleware.cors import CORSMiddleware
 
-from app.api import admin, chat, conversations, errors, feedback, files, metrics
+from app.api import admin, chat, consent, conversations, errors, feedback, files, metrics, models
 from app.api.guard import Guard, needs
 from app.api.limits import Limits
+from app.api.responses import routes as responses
 from app.keys import KeyRing
 from app.logs import RequestIds
 from app.service import Service
@@ -24,9 +25,12 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     )
     errors.install(app)
     app.include_router(chat.router(service, settings), dependencies=[needs("chat")])
+    app.include_router(responses.router(service, settings), dependencies=[needs("chat")])
+    app.include_router(models.router(service, settings), dependencies=[needs("chat")])
     app.include_router(feedback.router(service), dependencies=[needs("feedback")])
     app.include_router(files.router(service), dependencies=[needs("chat")])
-    app.include_router(conversations.router(service), dependencies=[needs("chat")])
+    app.include_router(conversations.router(service, settings), dependencies=[needs("chat")])
+    app.include_router(consent.router(service), dependencies=[needs("chat")])
     app.include_router(metrics.router(service), dependencies=[needs("metrics", "admin")])
     app.include_router(admin.router(service), dependencies=[needs("admin")])
 

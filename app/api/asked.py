@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from app.api.errors import ApiError
-from app.api.schema import ChatRequest, JsonSchemaFormat, MessageIn, NamedChoice
+from app.api.schema import ChatRequest, FunctionIn, FunctionName, JsonSchemaFormat, MessageIn, NamedChoice
+from app.settings import Settings
 from serving.dialects.base import BARE
+from serving.engines.base import Sampling
 from serving.json_schema import BadSchema, check_grammar, check_schema
 from serving.terms import ANY_OBJECT, Terms
 from tools.arguments import RESERVED, TOOL_NAME, ToolSchema
@@ -15,35 +19,68 @@ from tools.arguments import RESERVED, TOOL_NAME, ToolSchema
 _TAKEN = RESERVED | BARE.keys()
 _MOST_TOOLS = 128  # OpenAI's limit
 _MOST_CHARACTERS = 64_000  # of all tools: to check and to tokenize them takes the server's time
+_SEEDS = 2**31  # an engine's seeds are 32 bits wide; a client's may be any number
 _NOTHING = {"type": "object", "properties": {}}
 
 
-def to_messages(given: list[MessageIn]) -> list[dict[str, Any]]:
-    """The conversation, checked: each call is answered by one tool message right behind it. Raises ApiError."""
-    messages = []
-    waiting: set[str] = set()
-    for index, said in enumerate(given):
-        at = f"messages.{index}"
-        message = said.as_message()
-        if said.role == "tool":
-            if said.tool_call_id not in waiting:
-                raise _bad(f"{at}.tool_call_id", f"no call {said.tool_call_id!r} of the message before waits for it.")
-            waiting.remove(said.tool_call_id)
+@dataclass(frozen=True)
+class Said:
+    """A message, and where in the body it stands; `calls_at` are the places of its calls."""
+
+    at: str
+    message: MessageIn
+    calls_at: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What a route calls the parts of a call, and the whole of its messages."""
+
+    messages: str = "messages"
+    call_id: str = "id"
+    name: str = "function.name"
+    arguments: str = "function.arguments"
+    answers: str = "tool_call_id"
+
+
+_CHAT = Fields()
+
+
+def said_in_chat(given: Sequence[MessageIn]) -> list[Said]:
+    return [
+        Said(f"messages.{i}", said, tuple(f"messages.{i}.tool_calls.{n}" for n in range(len(said.tool_calls or ()))))
+        for i, said in enumerate(given)
+    ]
+
+
+def to_messages(
+    given: Sequence[Said], before: Sequence[dict[str, Any]] = (), fields: Fields = _CHAT
+) -> list[dict[str, Any]]:
+    """The conversation, checked: each call is answered by one tool message right behind it. `before`: what was said
+    in turns that this one goes on from. Raises ApiError."""
+    messages = list(before)
+    waiting: set[str] = {call["id"] for message in messages[-1:] for call in message.get("tool_calls", ())}
+    for said in given:
+        message = said.message.as_message()
+        if message["role"] == "tool":
+            call_id = said.message.tool_call_id
+            if call_id not in waiting:
+                raise _bad(f"{said.at}.{fields.answers}", f"no call {call_id!r} of the message before waits for it.")
+            waiting.remove(call_id)
         elif waiting:
-            raise _bad(at, f"the call {min(waiting)!r} has no result: a message of the role tool comes first.")
-        for number, call in enumerate(said.tool_calls or ()):
-            where = f"{at}.tool_calls.{number}"
+            raise _bad(said.at, f"the call {min(waiting)!r} has no result: that comes first.")
+        for where, call in zip(said.calls_at, said.message.tool_calls or (), strict=True):
             if call.id in waiting:
-                raise _bad(f"{where}.id", f"two calls are called {call.id!r}.")
-            _check_call(where, call.function.name, call.function.arguments)
+                raise _bad(f"{where}.{fields.call_id}", f"two calls are called {call.id!r}.")
+            _check_call(where, call.function.name, call.function.arguments, fields)
             waiting.add(call.id)
-        if said.role == "user" and not message["content"].strip():
-            raise ApiError(400, f"{at}: the message is empty.", "empty_message", "messages")
+        if message["role"] == "user" and not message["content"].strip():
+            raise ApiError(400, f"{said.at}: the message is empty.", "empty_message", fields.messages)
         messages.append(message)
     if waiting:
-        raise _bad("messages", f"the call {min(waiting)!r} has no result: add a message of the role tool.")
-    if messages[-1]["role"] not in ("user", "tool"):
-        raise _bad("messages", "the last one must be the user's, or a tool's result.")
+        raise _bad(fields.messages, f"the call {min(waiting)!r} has no result: add it behind the call.")
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
+        raise _bad(fields.messages, "the last one must be the user's, or a tool's result.")
     return messages
 
 
@@ -51,13 +88,48 @@ def to_terms(body: ChatRequest) -> Terms:
     """Raises ApiError, naming the parameter's path."""
     if body.top_logprobs and not body.logprobs:
         raise _bad("top_logprobs", "it needs logprobs: true.")
-    tools = _tools(body)
-    must_call = _must_call(body, tools)
-    if body.tool_choice == "none":
-        tools = ()
-    terms = Terms(
-        tuple(body.stop or ()), (body.top_logprobs or 0) if body.logprobs else None, _schema(body), tools, must_call
+    functions = [(f"tools.{index}.function", tool.function) for index, tool in enumerate(body.tools or ())]
+    choice = body.tool_choice
+    wanted = body.response_format
+    schema: Mapping[str, Any] | None = None
+    if isinstance(wanted, JsonSchemaFormat):
+        schema = checked_schema("response_format.json_schema.schema", wanted.json_schema.schema_)
+    elif wanted is not None and wanted.type == "json_object":
+        schema = ANY_OBJECT
+    return make_terms(
+        functions,
+        choice.function if isinstance(choice, NamedChoice) else choice,
+        schema,
+        stop=tuple(body.stop or ()),
+        top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        own_tokens=body.max_completion_tokens or body.max_tokens,
     )
+
+
+def to_sampling(
+    settings: Settings, temperature: float | None, top_p: float | None, max_tokens: int | None, seed: int | None = None
+) -> Sampling:
+    """What a client asks, with the settings' defaults where it leaves something open."""
+    return Sampling(
+        temperature=settings.temperature if temperature is None else temperature,
+        top_p=settings.top_p if top_p is None else top_p,
+        max_tokens=min(max_tokens or settings.max_tokens, settings.max_tokens),
+        seed=None if seed is None else seed % _SEEDS,
+    )
+
+
+def make_terms(
+    functions: Sequence[tuple[str, FunctionIn]],
+    choice: str | FunctionName | None,
+    schema: Mapping[str, Any] | None,
+    stop: tuple[str, ...] = (),
+    top_logprobs: int | None = None,
+    own_tokens: int | None = None,
+) -> Terms:
+    """`functions`: the client's tools, each with its place in the body. Raises ApiError."""
+    tools = _tools(functions)
+    must_call = _must_call(choice, tools)
+    terms = Terms(stop, top_logprobs, schema, () if choice == "none" else tools, must_call, own_tokens)
     if must_call and terms.forced is not None:
         try:
             check_grammar(terms.forced[1])
@@ -66,29 +138,22 @@ def to_terms(body: ChatRequest) -> Terms:
     return terms
 
 
-def _schema(body: ChatRequest) -> Any:
-    wanted = body.response_format
-    if wanted is None or wanted.type == "text":
-        return None
-    if not isinstance(wanted, JsonSchemaFormat):
-        return ANY_OBJECT
-    at = "response_format.json_schema.schema"
+def checked_schema(at: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """`schema`, where a grammar can enforce it. Raises ApiError."""
     try:
-        check_grammar(wanted.json_schema.schema_)
+        check_grammar(schema)
     except BadSchema as error:
         raise _bad(".".join(filter(None, (at, error.path))), f"{error}.") from error
-    return wanted.json_schema.schema_
+    return schema
 
 
-def _tools(body: ChatRequest) -> tuple[ToolSchema, ...]:
-    given = body.tools or []
+def _tools(given: Sequence[tuple[str, FunctionIn]]) -> tuple[ToolSchema, ...]:
     if len(given) > _MOST_TOOLS:
         raise _bad("tools", f"there are {len(given)}; at most {_MOST_TOOLS} can be given.")
-    if (size := sum(len(tool.model_dump_json()) for tool in given)) > _MOST_CHARACTERS:
+    if (size := sum(len(function.model_dump_json()) for _, function in given)) > _MOST_CHARACTERS:
         raise _bad("tools", f"they have {size} characters together; at most {_MOST_CHARACTERS} can be given.")
     tools: dict[str, ToolSchema] = {}
-    for index, tool in enumerate(given):
-        at, function = f"tools.{index}.function", tool.function
+    for at, function in given:
         if not TOOL_NAME.fullmatch(function.name) or function.name in _TAKEN:
             raise _bad(
                 f"{at}.name",
@@ -108,28 +173,28 @@ def _tools(body: ChatRequest) -> tuple[ToolSchema, ...]:
     return tuple(tools.values())
 
 
-def _must_call(body: ChatRequest, tools: tuple[ToolSchema, ...]) -> tuple[str, ...]:
-    choice, names = body.tool_choice, tuple(tool.name for tool in tools)
+def _must_call(choice: str | FunctionName | None, tools: tuple[ToolSchema, ...]) -> tuple[str, ...]:
+    names = tuple(tool.name for tool in tools)
     if choice in (None, "none", "auto"):
         return ()
     if not names:
         raise _bad("tool_choice", "there are no tools to choose from: send tools, or leave it out.")
-    if not isinstance(choice, NamedChoice):
+    if not isinstance(choice, FunctionName):
         return names
-    if choice.function.name not in names:
-        raise _bad("tool_choice", f"there is no tool {choice.function.name[:80]!r}; there are {', '.join(names)}.")
-    return (choice.function.name,)
+    if choice.name not in names:
+        raise _bad("tool_choice", f"there is no tool {choice.name[:80]!r}; there are {', '.join(names)}.")
+    return (choice.name,)
 
 
-def _check_call(at: str, name: str, arguments: str) -> None:
+def _check_call(at: str, name: str, arguments: str, fields: Fields) -> None:
     if not TOOL_NAME.fullmatch(name):
-        raise _bad(f"{at}.function.name", f"{name[:80]!r} is no name of a tool.")
+        raise _bad(f"{at}.{fields.name}", f"{name[:80]!r} is no name of a tool.")
     try:
         sound = isinstance(json.loads(arguments), dict)
     except (ValueError, RecursionError):
         sound = False
     if not sound:
-        raise _bad(f"{at}.function.arguments", "they must be a JSON object, as text.")
+        raise _bad(f"{at}.{fields.arguments}", "they must be a JSON object, as text.")
 
 
 def _bad(param: str, message: str) -> ApiError:

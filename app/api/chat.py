@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions and GET /v1/models."""
+"""POST /v1/chat/completions."""
 
 from __future__ import annotations
 
@@ -6,35 +6,29 @@ import json
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Send
+from fastapi.responses import JSONResponse, Response
 
 from app.api import choices, wire
-from app.api.asked import to_messages, to_terms
+from app.api.asked import said_in_chat, to_messages, to_sampling, to_terms
 from app.api.errors import ApiError, as_api_error
+from app.api.limits import take_places
 from app.api.schema import ChatRequest
+from app.api.streaming import (
+    NOBODY_READS,
+    UNBUFFERED,
+    ClientGone,
+    EventStream,
+    answer_headers,
+    sse,
+    while_connected,
+)
 from app.service import Finished, Question, Service, ServiceEvent, Started
 from app.settings import Settings
-from serving.engines.base import Sampling
 
+Answering = AsyncGenerator[ServiceEvent]
 Events = AsyncGenerator[tuple[int, ServiceEvent]]
-_SEEDS = 2**31  # an engine's seeds are 32 bits wide; a client's may be any number
-
-
-_LINE_BREAKS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events whose source is closed, and so cancelled, as soon as the client goes away."""
-
-    media_type = "text/event-stream"
-
-    async def stream_response(self, send: Send) -> None:
-        async with aclosing(self.body_iterator):  # type: ignore[type-var]
-            await super().stream_response(send)
 
 
 def router(service: Service, settings: Settings) -> APIRouter:
@@ -43,26 +37,14 @@ def router(service: Service, settings: Settings) -> APIRouter:
     @routes.post("/chat/completions", summary="Answer a conversation")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         question = to_question(body, request.state.owner, settings, request.state.request_id)
+        take_places(request, (body.n or 1) - 1)
         answers = [service.answer(each) for each in choices.questions(question, body.n or 1)]
-        started = await choices.begin(answers)
-        events = choices.together(answers)
-        if body.stream:
-            include_usage = bool(body.stream_options and body.stream_options.include_usage)
-            return await _stream(events, started, include_usage)
-        return await _whole(events, started, request, bool(body.logprobs))
-
-    @routes.get("/models", summary="The version in service, then the others that can be asked for")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": await _models(service, settings)}
-
-    @routes.get("/models/{model_id:path}")
-    async def model(model_id: str) -> dict[str, Any]:
-        models = await _models(service, settings)
-        for entry in models:
-            if entry["id"] == model_id:
-                return entry
-        names = ", ".join(entry["id"] for entry in models)
-        raise ApiError(404, f"there is no model {model_id!r}; there are {names}.", "model_not_found", "model")
+        include_usage = bool(body.stream_options and body.stream_options.include_usage)
+        answering = _stream(answers, include_usage) if body.stream else _whole(answers, bool(body.logprobs))
+        try:
+            return await while_connected(request, answering)
+        except ClientGone:
+            return NOBODY_READS
 
     return routes
 
@@ -80,16 +62,11 @@ def to_question(body: ChatRequest, owner: str, settings: Settings, request_id: s
             "invalid_value",
             "n",
         )
-    asked = body.max_completion_tokens or body.max_tokens or settings.max_tokens
+    asked = body.max_completion_tokens or body.max_tokens
     return Question(
         owner=owner,
-        messages=to_messages(body.messages),
-        sampling=Sampling(
-            temperature=settings.temperature if body.temperature is None else body.temperature,
-            top_p=settings.top_p if body.top_p is None else body.top_p,
-            max_tokens=min(asked, settings.max_tokens),
-            seed=None if body.seed is None else body.seed % _SEEDS,
-        ),
+        messages=to_messages(said_in_chat(body.messages)),
+        sampling=to_sampling(settings, body.temperature, body.top_p, asked, body.seed),
         conversation_id=metadata.conversation_id if metadata else None,
         version=None if body.model == settings.model_name else body.model,
         verifier=metadata.verifier if metadata else None,
@@ -100,23 +77,21 @@ def to_question(body: ChatRequest, owner: str, settings: Settings, request_id: s
     )
 
 
-async def _whole(events: Events, started: Sequence[Started], request: Request, logprobs: bool) -> Response:
+async def _whole(begun: Sequence[Answering], logprobs: bool) -> Response:
+    started = await choices.begin(begun)
     answers = [wire.Answered(logprobs) for _ in started]
-    async with aclosing(events):
+    async with aclosing(choices.together(begun)) as events:
         async for index, event in events:
             answers[index].feed(event)
-            if await request.is_disconnected():
-                return Response(status_code=499)  # nobody reads it; the turns are closed as cancelled
-    return JSONResponse(wire.completion(answers).model_dump(exclude_unset=True), headers=_headers(started[0]))
+    return JSONResponse(wire.completion(answers).model_dump(exclude_unset=True), headers=answer_headers(started[0]))
 
 
-async def _stream(events: Events, started: Sequence[Started], include_usage: bool) -> Response:
+async def _stream(begun: Sequence[Answering], include_usage: bool) -> Response:
+    started = await choices.begin(begun)
+    events = choices.together(begun)
     # An error before the first token still has a status of its own, so wait for that token before saying 200.
     first = await anext(events)
-    return EventStream(
-        _events(events, started, first, include_usage),
-        headers=_headers(started[0]) | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-    )
+    return EventStream(_events(events, started, first, include_usage), headers=answer_headers(started[0]) | UNBUFFERED)
 
 
 async def _events(
@@ -131,47 +106,20 @@ async def _events(
     async with aclosing(events):
         try:
             for chunks in answers:
-                yield _data(chunks.first().model_dump_json(exclude_unset=True))
+                yield sse(chunks.first().model_dump_json(exclude_unset=True))
             step: tuple[int, ServiceEvent] | None = first
             while step is not None:
                 index, event = step
                 if isinstance(event, Finished):
                     finished.append(event)
                     for chunk in answers[index].last(event):
-                        yield _data(chunk.model_dump_json(exclude_unset=True))
+                        yield sse(chunk.model_dump_json(exclude_unset=True))
                 elif not isinstance(event, Started) and (more := answers[index].event(event)) is not None:
-                    yield _data(more.model_dump_json(exclude_unset=True))
+                    yield sse(more.model_dump_json(exclude_unset=True))
                 step = await anext(events, None)
             if include_usage:
-                yield _data(answers[0].usage(finished).model_dump_json(exclude_unset=True))
+                yield sse(answers[0].usage(finished).model_dump_json(exclude_unset=True))
         except Exception as error:
-            yield _data(json.dumps(as_api_error(error).body))
+            yield sse(json.dumps(as_api_error(error).body))
             return
-        yield _data("[DONE]")
-
-
-async def _models(service: Service, settings: Settings) -> list[dict[str, Any]]:
-    """The name that means the version in service, that version, then the other published ones, newest first."""
-    current = service.router.current
-    loaded = service.router.loaded()
-    published = [v for v in await service.call(service.store.versions) if v.status == "published"]
-    known = {version.id: version for version in published}
-    others = [version.id for version in reversed(published) if version.id != current]
-
-    def entry(name: str, id_: str) -> dict[str, Any]:
-        version = known.get(id_)
-        created = int(version.created_at.timestamp()) if version else 0
-        parent = version.parent if version else None
-        details = {"version": id_, "parent": parent, "current": id_ == current, "loaded": id_ in loaded}
-        return {"id": name, "object": "model", "created": created, "owned_by": "whetstone", "whetstone": details}
-
-    return [entry(settings.model_name, current), *[entry(id_, id_) for id_ in (current, *others)]]
-
-
-def _headers(started: Started) -> dict[str, str]:
-    return {"X-Whetstone-Version": started.version, "X-Whetstone-Turn": started.turn_id}
-
-
-def _data(payload: str) -> str:
-    """An event. What many clients take for the end of a line, and JSON may hold as it is, is escaped."""
-    return f"data: {payload.translate(_LINE_BREAKS)}\n\n"
+        yield sse("[DONE]")

@@ -7,20 +7,28 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 
 from app.api.errors import ApiError
+from app.erasure import sweep
 from app.service import Service
+from app.settings import Settings
 from feedback_store import Conversation, InvalidRecord, Turn
 
 Limit = Annotated[int, Query(ge=1, le=100)]
+Search = Annotated[str | None, Query(description="words, all of which a turn or the title must have")]
 After = Annotated[str | None, Query(description="the last id of the page before")]
 
 
-def router(service: Service) -> APIRouter:
+def router(service: Service, settings: Settings) -> APIRouter:
     routes = APIRouter(prefix="/v1/conversations")
     store = service.store
 
     @routes.get("", summary="One's own conversations, the newest first")
-    async def listing(request: Request, limit: Limit = 20, after: After = None) -> dict[str, Any]:
-        found = await service.call(store.conversations_page, request.state.owner, limit + 1, after)
+    async def listing(
+        request: Request, limit: Limit = 20, after: After = None, search: Search = None
+    ) -> dict[str, Any]:
+        try:
+            found = await service.call(store.conversations_page, request.state.owner, limit + 1, after, search)
+        except InvalidRecord as error:
+            raise ApiError(400, str(error), "invalid_value", "search") from None
         return _page([_conversation(item) for item in found], limit)
 
     @routes.get("/{conversation_id}", summary="A conversation with its turns, the oldest first")
@@ -32,22 +40,30 @@ def router(service: Service) -> APIRouter:
 
         return await service.call(look)
 
-    @routes.delete("/{conversation_id}", summary="Delete a conversation with its files; says what learning keeps")
+    @routes.delete("/{conversation_id}", summary="Erase a conversation with its files; says what learning keeps")
     async def delete(conversation_id: str, request: Request) -> dict[str, Any]:
         def erase() -> dict[str, Any]:
             service.own_conversation(conversation_id, request.state.owner)
-            gone = store.delete_conversation(conversation_id)
-            if service.workspaces is not None:
-                service.workspaces.forget(conversation_id)
+            gone = store.erase(conversation=conversation_id)
+            swept = sweep(store, settings.home, service.workspaces, vacuum=False)
             return {
                 "id": conversation_id,
                 "object": "conversation.deleted",
                 "deleted": True,
                 "whetstone": {
                     "turns": gone.turns,
-                    "tasks_deleted": gone.tasks,
+                    "tasks_deleted": gone.tasks_deleted + gone.tasks_emptied,
                     "tasks_kept": gone.tasks_kept,
-                    "note": _KEPT if gone.tasks_kept else "",
+                    "versions_tainted": gone.tainted,
+                    "note": " ".join(
+                        note
+                        for note in (
+                            _KEPT if gone.tasks_kept else "",
+                            _TAINTED if gone.tainted else "",
+                            f"Not finished: {swept.unfinished}" if swept.unfinished else "",
+                        )
+                        if note
+                    ),
                 },
             }
 
@@ -59,10 +75,8 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-_KEPT = (
-    "Tasks that a run has taken, or that others asked for too, are kept with their question and right answer; "
-    "versions that were trained on them keep what they learnt."
-)
+_KEPT = "Tasks that others asked for too, word for word, are kept for them."
+_TAINTED = "Versions that were trained on it are marked as tainted; they keep what they learnt until they are replaced."
 
 
 def _page(items: list[dict[str, Any]], limit: int) -> dict[str, Any]:

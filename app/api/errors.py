@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -130,7 +131,8 @@ def _from_validation(error: RequestValidationError) -> ApiError:
     if first["type"] == "json_invalid":
         position = first["loc"][-1]
         return ApiError(400, f"the body isn't JSON: {first['ctx']['error']} at character {position}.", "invalid_json")
-    path = _path(first["loc"][1:], error.body, first["type"] == "missing")
+    where, *loc = first["loc"]
+    path = _path(loc, error.body, first["type"] == "missing") if where == "body" else [str(part) for part in loc]
     param = ".".join(path) or None
     message = first["msg"].removeprefix("Value error, ")
     if param is None and first["type"] == "value_error":
@@ -140,7 +142,7 @@ def _from_validation(error: RequestValidationError) -> ApiError:
     return ApiError(400, f"{param}: {message}", "missing" if first["type"] == "missing" else "invalid_value", param)
 
 
-def _path(loc: tuple[str | int, ...], body: Any, missing: bool) -> list[str]:
+def _path(loc: Sequence[str | int], body: Any, missing: bool) -> list[str]:
     """Where in the body an error lies: `loc` names the branches of unions too, which the client never wrote."""
     path, at = [], body
     for position, part in enumerate(loc):

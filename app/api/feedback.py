@@ -11,6 +11,8 @@ from app.api.errors import ApiError
 from app.api.schema import FeedbackRequest
 from app.service import Service
 
+_ANSWERED = ("done", "no_answer", "length")  # what a verdict on a conversation may fall on
+
 
 def router(service: Service) -> APIRouter:
     routes = APIRouter(prefix="/v1")
@@ -18,7 +20,7 @@ def router(service: Service) -> APIRouter:
     def last_turn(conversation_id: str, owner: str) -> str:
         service.own_conversation(conversation_id, owner)
         turns = service.store.turns(conversation_id)
-        finished = next((turn.id for turn in turns if turn.status not in ("running", "interrupted")), None)
+        finished = next((turn.id for turn in turns if turn.status in _ANSWERED), None)
         if finished is None:
             raise ApiError(409, "the conversation has no finished answer yet.", "no_finished_turn", "conversation_id")
         return finished

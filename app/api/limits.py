@@ -11,6 +11,7 @@ from math import ceil
 from cachetools import TTLCache
 from pyrate_limiter import InMemoryBucket, Rate, RateItem
 from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import ApiError
@@ -18,7 +19,7 @@ from app.keys import Holder
 from app.owners import LOCAL_OWNER
 from app.settings import Settings
 
-ANSWER_PATHS = frozenset({"/v1/chat/completions"})
+ANSWER_PATHS = frozenset({"/v1/chat/completions", "/v1/responses"})
 UNCOUNTED = frozenset({"/healthz", "/metrics"})  # asked by machines that watch this one
 _MINUTE_MS = 60_000
 _OWNERS = 10_000  # buckets kept; one that nobody used for a minute is empty, and may go
@@ -41,9 +42,10 @@ class Limits:
             return
         try:
             told = self._count(holder)
-            answers = scope["method"] == "POST" and scope["path"] in ANSWER_PATHS
-            if answers:
-                self._check_at_once(holder, told)
+            places = None
+            if scope["method"] == "POST" and scope["path"] in ANSWER_PATHS:
+                places = scope["state"]["places"] = _Places(self._answering, holder, self._at_once, told)
+                places.take(1)
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
@@ -53,16 +55,11 @@ class Limits:
                 MutableHeaders(scope=message).update(told)
             await send(message)
 
-        if not answers:
-            await self.app(scope, receive, send_with_headers)
-            return
-        self._answering[holder.owner] = self._answering.get(holder.owner, 0) + 1
         try:
             await self.app(scope, receive, send_with_headers)
         finally:
-            self._answering[holder.owner] -= 1
-            if not self._answering[holder.owner]:
-                del self._answering[holder.owner]
+            if places is not None:
+                places.give_back()
 
     def _count(self, holder: Holder) -> dict[str, str]:
         """The headers that say where the holder stands, this request counted. Raises ApiError where it is one too many.
@@ -96,13 +93,55 @@ class Limits:
             )
         return told
 
-    def _check_at_once(self, holder: Holder, told: dict[str, str]) -> None:
-        limit = holder.answers_at_once or self._at_once
-        if limit is not None and self._answering.get(holder.owner, 0) >= limit:
+
+class _Places:
+    """What one request has of its key's answers at once: one from the start, more once the body says how many."""
+
+    def __init__(self, answering: dict[str, int], holder: Holder, at_once: int | None, told: dict[str, str]) -> None:
+        """`answering`: each owner's answers under way. `told`: headers that go with a refusal."""
+        self._answering = answering
+        self._holder = holder
+        self._limit = holder.answers_at_once or at_once
+        self._told = told
+        self._taken = 0
+
+    def take(self, count: int) -> None:
+        """Raises ApiError where the key would have more answers under way than it may."""
+        owner, limit = self._holder.owner, self._limit
+        under_way = self._answering.get(owner, 0)
+        others, wanted = under_way - self._taken, self._taken + count
+        if limit is not None and wanted > limit:
+            raise ApiError(
+                400,
+                f"n: the key {self._holder.name!r} may have {limit} answer{'s' if limit > 1 else ''} at once: ask for "
+                "fewer.",
+                "invalid_value",
+                "n",
+            )
+        if limit is not None and others + wanted > limit:
+            more = f" and asks for {wanted} more" if wanted > 1 else ""
             raise ApiError(
                 429,
-                f"the key {holder.name!r} has {limit} answer{'s' if limit > 1 else ''} under way, which is its limit: "
-                "try again when one has ended.",
+                f"the key {self._holder.name!r} has {others} answer{'s' if others > 1 else ''} under way{more}; its "
+                f"limit is {limit}: try again when one has ended.",
                 "concurrency_limit_exceeded",
-                headers=told | {"Retry-After": "2"},
+                headers=self._told | {"Retry-After": "2"},
             )
+        self._answering[owner] = under_way + count
+        self._taken += count
+
+    def give_back(self) -> None:
+        owner = self._holder.owner
+        left = self._answering.get(owner, 0) - self._taken
+        self._taken = 0
+        if left > 0:
+            self._answering[owner] = left
+        else:
+            self._answering.pop(owner, None)
+
+
+def take_places(request: Request, count: int) -> None:
+    """Have a request that asks for several answers counted as so many. Raises ApiError."""
+    places: _Places | None = getattr(request.state, "places", None)
+    if places is not None and count:
+        places.take(count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -81,21 +82,21 @@ class MessageIn(BaseModel):
         return message
 
 
-def _whole(value: Any, depth: int = 0) -> Any:
+def whole(value: Any, depth: int = 0) -> Any:
     """A JSON value whose texts hold no half characters, which JSON can spell and no encoding can write."""
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if depth > _DEEPEST:
         return value  # refused further on
     if isinstance(value, dict):
-        return {_whole(key): _whole(item, depth + 1) for key, item in value.items()}
-    return [_whole(item, depth + 1) for item in value] if isinstance(value, list) else value
+        return {whole(key): whole(item, depth + 1) for key, item in value.items()}
+    return [whole(item, depth + 1) for item in value] if isinstance(value, list) else value
 
 
 def _whole_json(text: str) -> str:
     """The same of a JSON text in a text, whose escapes are still to be read. One that isn't JSON stays as it is."""
     try:
-        return json.dumps(_whole(json.loads(text)), ensure_ascii=False)
+        return json.dumps(whole(json.loads(text)), ensure_ascii=False)
     except (ValueError, RecursionError):
         return text
 
@@ -186,7 +187,7 @@ class ChatRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _whole_characters(cls, body: Any) -> Any:
-        return _whole(body)
+        return whole(body)
 
     model: str = Field(min_length=1)
     messages: list[MessageIn] = Field(min_length=1)
@@ -208,13 +209,26 @@ class ChatRequest(BaseModel):
 
     def unsupported(self) -> tuple[str, str] | None:
         """The first parameter that can't be honoured, and why; None when all can."""
-        for name, value in (self.model_extra or {}).items():
-            if value is None or name in HARMLESS or value in NEUTRAL.get(name, ()):
-                continue
-            reason = REASONS.get(name, "it isn't supported")
-            neutral = f" Leave it out or send {NEUTRAL[name][0]!r}." if name in NEUTRAL else " Leave it out."
-            return name, f"{name}: {reason}.{neutral}"
-        return None
+        return unsupported(self.model_extra or {}, NEUTRAL, REASONS)
+
+
+def unsupported(
+    more: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], reasons: Mapping[str, str]
+) -> tuple[str, str] | None:
+    """Of the parameters that no field takes, the first that can't be honoured, and why. `neutral`: the values that are
+    let pass, for they ask for nothing."""
+    for name, value in more.items():
+        if value is None or name in HARMLESS or any(_same(value, allowed) for allowed in neutral.get(name, ())):
+            continue
+        way_out = f" Leave it out or send {json.dumps(neutral[name][0])}." if name in neutral else " Leave it out."
+        reason = reasons.get(name, "it isn't supported")
+        return name, f"{name}: {reason}.{way_out}"
+    return None
+
+
+def _same(value: Any, allowed: Any) -> bool:
+    """Equal, and no number for a truth value."""
+    return bool(value == allowed) and isinstance(value, bool) == isinstance(allowed, bool)
 
 
 class FeedbackRequest(BaseModel):
@@ -264,3 +278,11 @@ class VersionTrial(VersionUse):
     """The body of POST /v1/admin/versions/ID/canary: the share of owners whose new conversations begin on it."""
 
     share: Annotated[float, Field(ge=0, le=1)]
+
+
+class ConsentRequest(BaseModel):
+    """`training`: whether the caller's conversations may train the policy; without it they serve the caller alone."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    training: bool

@@ -56,7 +56,7 @@ class Answered:
             "annotations": url_citations(self.finished),
         }
         if called:
-            message["tool_calls"] = [tool_call(self.finished.started, called)]
+            message["tool_calls"] = [tool_call(self.finished.started.turn_id, called)]
         return {
             "index": index,
             "message": message,
@@ -68,7 +68,7 @@ class Answered:
 def completion(answers: Sequence[Answered]) -> ChatCompletion:
     """The whole answers. `model` is the version that wrote the first; several tell each their own ids."""
     finished = [answer.finished for answer in answers if answer.finished is not None]
-    told = [_ids(one.started) | summary(one) for one in finished]
+    told = [ids(one.started) | summary(one) for one in finished]
     made = [answer.choice(index) for index, answer in enumerate(answers)]
     return ChatCompletion.model_validate(
         {
@@ -97,7 +97,7 @@ class Chunks:
         self._answered = False
 
     def first(self) -> ChatCompletionChunk:
-        return self._chunk({"role": "assistant", "content": ""}, whetstone=_ids(self._started))
+        return self._chunk({"role": "assistant", "content": ""}, whetstone=ids(self._started))
 
     def event(self, event: Event) -> ChatCompletionChunk | None:
         match event:
@@ -111,7 +111,7 @@ class Chunks:
             case ToolResult(observation):
                 return self._chunk({}, whetstone={"event": "tool_result"} | _observation(observation))
             case ClientCall():
-                return self._chunk({"tool_calls": [{"index": 0} | tool_call(self._started, event)]})
+                return self._chunk({"tool_calls": [{"index": 0} | tool_call(self._started.turn_id, event)]})
             case StepDone(step):
                 return self._chunk({}, whetstone={"event": "step", "index": step.index, "action": step.action})
         return None
@@ -120,7 +120,7 @@ class Chunks:
         trajectory = finished.trajectory
         cited = url_citations(finished)
         delta = {"annotations": cited} if cited else {}
-        end = self._chunk(delta, _FINISH[trajectory.stop_reason], _ids(finished.started) | summary(finished))
+        end = self._chunk(delta, _FINISH[trajectory.stop_reason], ids(finished.started) | summary(finished))
         if trajectory.answer.strip() and not self._answered:  # an answer that was only clear at the end
             return [self._chunk({"content": trajectory.answer}), end]
         return [end]
@@ -164,9 +164,9 @@ def _spelt(spelling: bytes, logprob: float) -> dict[str, Any]:
     return {"token": spelling.decode(errors="replace"), "bytes": list(spelling), "logprob": least}
 
 
-def tool_call(started: Started, call: ClientCall) -> dict[str, Any]:
+def tool_call(turn_id: str, call: ClientCall) -> dict[str, Any]:
     return {
-        "id": f"call_{started.turn_id.removeprefix('turn_')}",
+        "id": f"call_{turn_id.removeprefix('turn_')}",
         "type": "function",
         "function": {"name": call.tool, "arguments": call.arguments},
     }
@@ -224,7 +224,7 @@ def outcome_summary(outcome: Outcome) -> dict[str, Any]:
     return {"id": outcome.id, "score": outcome.score, "task_id": outcome.task_id, "note": outcome.note}
 
 
-def _ids(started: Started) -> dict[str, Any]:
+def ids(started: Started) -> dict[str, Any]:
     return {
         "turn_id": started.turn_id,
         "conversation_id": started.conversation_id,

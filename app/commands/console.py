@@ -42,7 +42,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
 
 def fail(message: str) -> typer.Exit:
     """The error to raise, after its message has been printed."""
-    err.print(f"[bold red]Error:[/] {_escaped(message)}")
+    err.print(f"[bold red]Error:[/] {escaped(message)}")
     return typer.Exit(1)
 
 
@@ -83,10 +83,11 @@ def _cell(value: object) -> str:
         return "-"
     if isinstance(value, datetime):
         return value.astimezone().strftime("%Y-%m-%d %H:%M")
-    return _escaped(str(value))
+    return escaped(str(value))
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """`text` as rich shows it as it is."""
     from rich.markup import escape
 
     return escape(text)

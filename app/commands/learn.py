@@ -44,6 +44,7 @@ def train(
     _be_nice()
     from app.engines import opener
     from app.record import open_store
+    from app.redaction import redactor
     from app.tools import open_toolbox, tool_seconds
     from feedback_store import StoreError
     from online_rl.loop import RunOptions, RunRefused, run_once
@@ -69,6 +70,7 @@ def train(
             dialect=settings.dialect,
             evaluation=Sampling(settings.temperature, settings.top_p, 256, seed=1),
             tool_seconds=tool_seconds(settings),
+            redact=redactor() if settings.redact_training else None,
         )  # fmt: skip
         with _bars() as listen, open_store(settings) as store:
             install_shipped(store, settings.home)

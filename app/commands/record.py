@@ -1,4 +1,4 @@
-"""What the record holds: versions, the queue, runs, and counts. None of it loads the model."""
+"""What the record holds: versions, the queue and runs. None of it loads the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ versions = typer.Typer(help="The versions of the policy, and which one serves.",
 versions.command("add")(publish.add)
 AVersion = Annotated[str, typer.Argument(help="A published version's id.")]
 Reason = Annotated[str, typer.Option(help="Kept in the record.")]
-data = typer.Typer(help="The record of conversations.", no_args_is_help=True)
 
 
 @versions.callback()
@@ -28,13 +27,15 @@ def list_versions(context: typer.Context, as_json: AsJson = False) -> None:
     idle = console.settings().version_idle_seconds
     with console.opened_store() as store:
         current, canary, known = store.current_version(), store.canary(), store.versions()
-        talking = store.conversations_on(idle)
+        talking, tainted = store.conversations_on(idle), store.tainted()
     if as_json:
-        console.print_json({"current": current, "canary": canary, "conversations": talking, "versions": known})
+        found = {"current": current, "canary": canary, "conversations": talking, "tainted": tainted, "versions": known}
+        console.print_json(found)
         return
     share = {current: "●"} | ({canary.version: f"{canary.share:.1%}"} if canary else {})
     rows = [
-        (share.get(v.id, ""), v.id, talking.get(v.id, 0), v.parent, v.manifest.get("kind", "lora"), v.status,
+        (share.get(v.id, ""), v.id, talking.get(v.id, 0), v.parent, v.manifest.get("kind", "lora"),
+         f"{v.status}{', tainted' * (v.id in tainted)}",
          v.created_at, v.run_id)
         for v in known
     ]  # fmt: skip
@@ -110,7 +111,7 @@ def queue(as_json: AsJson = False, limit: Annotated[int, typer.Option(min=1, hel
         console.print_json({"stats": stats, "pending": waiting})
         return
     rows = [(task.id, task.kind, task.source, task.gold, _line(task.messages)) for task in waiting]
-    counts = ", ".join(f"{stats[state]} {state}" for state in ("pending", "claimed", "done", "dead"))
+    counts = ", ".join(f"{stats[state]} {state}" for state in ("pending", "claimed", "done", "dead", "withdrawn"))
     empty = "The queue is empty: an answer that is corrected or verified puts its question there."
     console.table(f"Queue: {counts}", ("task", "verifier", "from", "gold", "question"), rows, empty)
 
@@ -129,27 +130,6 @@ def runs(as_json: AsJson = False, limit: Annotated[int, typer.Option(min=1, help
     ]  # fmt: skip
     columns = ("run", "recipe", "status", "stage", "started", "finished")
     console.table("Runs", columns, rows, "No runs yet: `whetstone train --once` makes one.")
-
-
-@data.command("stats")
-def stats(as_json: AsJson = False) -> None:
-    """How much is in the record."""
-    with console.opened_store() as store:
-        found = store.stats()
-    if as_json:
-        console.print_json(found)
-        return
-    turns = ", ".join(f"{n} {status}" for status, n in found["turns"].items()) or "none"
-    rows: list[tuple[str, object]] = [
-        ("conversations", found["conversations"]),
-        ("turns", turns),
-        ("in service", found["current_version"]),
-        ("tasks waiting", found["queue"]["pending"]),
-    ]
-    for source, outcome in found["outcomes"].items():
-        mean = "" if outcome["mean_score"] is None else f", mean score {outcome['mean_score']:.2f}"
-        rows.append((f"outcomes from a {source}", f"{outcome['count']}{mean}"))
-    console.table("Record", ("what", "how much"), rows, "")
 
 
 def _moved(conversations: int) -> str:

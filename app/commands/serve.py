@@ -45,6 +45,7 @@ async def _run(settings: Settings) -> None:
         async with running_service(settings, lambda stage: status.update(f"{stage} …")) as service:
             status.update("Opening the chat …")
             from app.api.app import create_app
+            from app.retention import tidying
             from app.web.app import create_web
 
             apps = {settings.api_port: create_app(service, settings), settings.web_port: create_web(service, settings)}
@@ -60,7 +61,8 @@ async def _run(settings: Settings) -> None:
                 )
                 console.out.print(f"Stopping.{waiting}", style="dim")
 
-            await serve(apps, settings, ready, stopping)
+            async with tidying(service.store, settings):
+                await serve(apps, settings, ready, stopping)
 
 
 def _panel(settings: Settings, version: str) -> Panel:

@@ -86,7 +86,7 @@ async def respond(
         messages: list[Message] = []
         if session.conversation_id is not None:
             messages = await service.call(service.store.history, session.conversation_id)
-        messages = service.fit(
+        messages = await service.fit(
             [*messages, {"role": "user", "content": files.asked_with(text, attached)}], settings.max_tokens
         )
         sampling = Sampling(settings.temperature, settings.top_p, settings.max_tokens)

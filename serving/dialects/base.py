@@ -72,6 +72,10 @@ class Dialect(Protocol):
         """
         ...
 
+    def at_least(self, messages: Sequence[dict[str, Any]]) -> int:
+        """How many tokens these messages take in a prompt at the very least, told without encoding them."""
+        ...
+
     def stops(self, last: bool = False) -> tuple[str, ...]:
         """The strings that end a generation; in the last one of an answer, tools are off."""
         ...

@@ -111,6 +111,9 @@ class NativeDialect:
             pieces.append((turns[int(part)]["content"], False) if index % 2 else (part, True))
         return self._encode(pieces)
 
+    def at_least(self, messages: Sequence[dict[str, Any]]) -> int:
+        return sum(self._plain.at_least(m["content"]) for m in messages if m["role"] != "assistant")
+
     def stops(self, last: bool = False) -> tuple[str, ...]:
         return () if last else (_CLOSE,)
 

@@ -104,6 +104,9 @@ class TapoDialect:
                 ids += self._message("user", content)
         return ids if is_open else [*ids, self._start, *self._encode("assistant\n")]
 
+    def at_least(self, messages: Sequence[dict[str, Any]]) -> int:
+        return sum(self._encode.at_least(m["content"]) for m in messages if m["role"] != "assistant")
+
     def stops(self, last: bool = False) -> tuple[str, ...]:
         return ("</answer>",) if last else ("</code>", "</search>", "</call>", "</answer>")
 

@@ -1,0 +1,348 @@
+"""What an erasure does inside its transaction."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Select,
+    and_,
+    delete,
+    exists,
+    false,
+    func,
+    insert,
+    literal,
+    select,
+    update,
+)
+
+from feedback_store.codec import clean
+from feedback_store.errors import InvalidRecord
+from feedback_store.processes import Process, is_alive
+from feedback_store.queue import give_up_claims
+from feedback_store.schema import (
+    UtcTime,
+    conversations,
+    erased_turns,
+    erased_uses,
+    outcomes,
+    run_tasks,
+    runs,
+    search_texts,
+    steps,
+    task_origins,
+    tasks,
+    tombstones,
+    tool_results,
+    turns,
+)
+from feedback_store.search import put_title_text
+from feedback_store.taints import clean_ancestor, tainted_versions
+from feedback_store.uses import set_aside
+from feedback_store.versions import current_version_of
+from feedback_store.withdrawal import chunks, withdraw
+
+Askers = dict[str, set[tuple[str | None, str]]]
+"""By task, who asked for it: (conversation, owner's hash)."""
+Reason = Literal["forgotten", "expired"]
+
+
+@dataclass
+class Erased:
+    """What went. `tasks_deleted`: no run had claimed them. `tasks_emptied`: their ids alone are left. `tasks_kept`:
+    others asked for them too.
+
+    `tainted`: versions that were trained on what went, newly so, with their descendants. `roll_back_to`: the newest
+    clean ancestor of the version in service, where that one is tainted; None where it isn't, or no ancestor is clean.
+    `retrain`: the runs whose training is to be repeated without it. `runs_ended`: interrupted ones that can't go on.
+    `skipped`: conversations that have grown old but are in use by an answer or a run. `already`: tombstones that were
+    there before.
+    """
+
+    conversations: list[str] = field(default_factory=list)
+    turns: int = 0
+    steps: int = 0
+    tool_results: int = 0
+    outcomes: int = 0
+    tasks_deleted: int = 0
+    tasks_emptied: int = 0
+    tasks_kept: int = 0
+    runs_ended: list[str] = field(default_factory=list)
+    retrain: list[str] = field(default_factory=list)
+    tainted: list[str] = field(default_factory=list)
+    in_service_tainted: str | None = None
+    roll_back_to: str | None = None
+    skipped: int = 0
+    already: int = 0
+    dry_run: bool = False
+
+    def add(self, other: Erased) -> None:
+        """Counts and lists together; for what is one of a kind, the newer."""
+        for name, value in vars(other).items():
+            mine = getattr(self, name)
+            setattr(self, name, mine + value if isinstance(value, int | list) and name != "dry_run" else value)
+
+
+def owner_hash(owner: str) -> str:
+    """What a tombstone knows an owner by: 64 hex digits."""
+    return hashlib.sha256(clean(owner).encode()).hexdigest()
+
+
+class Busy(InvalidRecord):
+    """An answer or a run works with what is to be erased."""
+
+
+class Work:
+    """One erasure, inside its transaction."""
+
+    def __init__(self, connection: Connection, now: datetime, reason: Reason, skip_busy: bool) -> None:
+        self._connection = connection
+        self._now = now
+        self._reason = reason
+        self._skip_busy = skip_busy
+        self._alive: list[str] | None = None  # runs under way, once they are asked for
+        self._aside: dict[str, set[str]] = {}  # by run, the tasks that it didn't train on
+        self._askers: Askers = {}  # of tasks so far
+        self.erased = Erased()
+
+    def erase(self, rows: Sequence[Any]) -> None:
+        """Rows of conversations: id, owner, created_at."""
+        if self._skip_busy:
+            busy = self._busy([row.id for row in rows])
+            self.erased.skipped += len(busy)
+            rows = [row for row in rows if row.id not in busy]
+        elif busy := self._busy([row.id for row in rows]):
+            raise Busy(next(iter(busy.values())))
+        if not rows:
+            return
+        ids = [row.id for row in rows]
+        its = select(turns.c.id).where(turns.c.conversation_id.in_(ids))
+        self._make_tombstones(rows)
+        self.erased.conversations += ids
+        asked = self._asked(ids)
+        for task_id, askers in asked.items():
+            self._askers.setdefault(task_id, set()).update(askers)
+        self._connection.execute(delete(search_texts).where(search_texts.c.conversation_id.in_(ids)))
+        self._erase_turns(its, asked)
+        self._connection.execute(delete(conversations).where(conversations.c.id.in_(ids)))
+
+    def erase_turn(self, turn: Row[Any], owner: str) -> None:
+        """One turn. Its conversation stays, without its title if that was made of this turn's question."""
+        if turn.status == "running":
+            raise Busy(f"Turn {turn.id} is being answered; erase it when that has ended.")
+        its, mine = select(turns.c.id).where(turns.c.id == turn.id), task_origins.c.turn_id == turn.id
+        asked = self._connection.execute(select(task_origins.c.task_id).where(mine).distinct()).scalars().all()
+        for task_id, run in self._held(asked).items():
+            if self._is_alone(task_id, mine):
+                raise Busy(_held(run, task_id))
+        same = select(turns.c.id).where(turns.c.conversation_id == turn.conversation_id).order_by(turns.c.id)
+        if self._connection.execute(same.limit(1)).scalar() == turn.id:
+            named = conversations.c.id == turn.conversation_id
+            self._connection.execute(update(conversations).where(named).values(title=""))
+            put_title_text(self._connection, turn.conversation_id, "")
+        self._note_turns(turns.c.id == turn.id)
+        self._connection.execute(delete(search_texts).where(search_texts.c.turn_id == turn.id))
+        self._erase_turns(its, {task_id: {(None, owner_hash(owner))} for task_id in asked})
+
+    def erase_tasks_of(self, owner: str) -> None:
+        """Those that an owner asked for without a conversation."""
+        mine = task_origins.c.owner == owner
+        asked: Askers = {
+            task_id: {(None, owner_hash(owner))}
+            for task_id in self._connection.execute(select(task_origins.c.task_id).where(mine).distinct()).scalars()
+        }
+        for task_id, run in self._held(list(asked)).items():
+            if self._is_alone(task_id, mine):
+                raise Busy(_held(run, task_id))
+        self._connection.execute(delete(task_origins).where(mine))
+        self._erase_tasks(asked)
+
+    def judge(self, tainted_before: set[str]) -> None:
+        """Say what is tainted now, and what to do about it."""
+        now_tainted = tainted_versions(self._connection)
+        self.erased.tainted = [version for version in now_tainted if version not in tainted_before]
+        current = current_version_of(self._connection)
+        if current in now_tainted:
+            self.erased.in_service_tainted = current
+            self.erased.roll_back_to = clean_ancestor(self._connection, current)
+        made = {version: runs for version, taint in now_tainted.items() if (runs := taint.runs)}
+        self.erased.retrain = sorted({run for version in self.erased.tainted for run in made[version]})
+
+    # -- parts
+
+    def _busy(self, ids: Sequence[str]) -> dict[str, str]:
+        """Of these conversations, those that can't be erased now, and why."""
+        running = select(turns.c.conversation_id).where(turns.c.conversation_id.in_(ids), turns.c.status == "running")
+        busy = {
+            id: f"An answer of conversation {id} is under way; erase it when that has ended."
+            for id in self._connection.execute(running).scalars()
+        }
+        its = select(turns.c.id).where(turns.c.conversation_id.in_(ids))
+        asked = self._asked(ids)
+        for task_id, run in self._held(list(asked)).items():
+            if self._is_alone(task_id, task_origins.c.turn_id.in_(its)):
+                busy |= {conversation: _held(run, task_id) for conversation, _ in asked[task_id] if conversation}
+        return busy
+
+    def _asked(self, ids: Sequence[str]) -> Askers:
+        """The tasks that these conversations asked for, each with (conversation, owner's hash) of who did."""
+        rows = self._connection.execute(
+            select(task_origins.c.task_id, conversations.c.id, conversations.c.owner)
+            .join(turns, turns.c.id == task_origins.c.turn_id)
+            .join(conversations, conversations.c.id == turns.c.conversation_id)
+            .where(conversations.c.id.in_(ids))
+        )
+        asked: Askers = {}
+        for task_id, conversation, owner in rows:
+            asked.setdefault(task_id, set()).add((conversation, owner_hash(owner)))
+        return asked
+
+    def _is_alone(self, task_id: str, mine: ColumnElement[bool]) -> bool:
+        """Whether nobody asked for a task but by the origins that match `mine`."""
+        others = select(task_origins.c.id).where(task_origins.c.task_id == task_id, ~func.coalesce(mine, false()))
+        return self._connection.execute(others).first() is None
+
+    def _held(self, task_ids: Sequence[str]) -> dict[str, str]:
+        """Of these tasks, those that a run under way has claimed, and the run."""
+        if self._alive is None:
+            running = self._connection.execute(select(runs).where(runs.c.status == "running")).all()
+            self._alive = [row.id for row in running if self._is_alive(row)]
+        held: dict[str, str] = {}
+        for some in chunks(task_ids) if self._alive else ():
+            claims = select(run_tasks.c.task_id, run_tasks.c.run_id).where(
+                run_tasks.c.task_id.in_(some), run_tasks.c.run_id.in_(self._alive)
+            )
+            held |= {row.task_id: row.run_id for row in self._connection.execute(claims)}
+        return held
+
+    def _is_alive(self, run: Row[Any]) -> bool:
+        alive = is_alive(Process(run.host, run.pid, run.process_started))
+        if alive is not None:
+            return alive
+        until = self._connection.execute(select(func.max(tasks.c.lease_until)).where(tasks.c.run_id == run.id)).scalar()
+        return until is not None and until > self._now  # a run of another machine counts as long as its leases do
+
+    def _erase_turns(self, its: Select[Any], asked: Askers) -> None:
+        """The turns whose ids `its` selects, with what hangs on them; `asked`: the tasks that they asked for."""
+        execute, found = self._connection.execute, self.erased
+        used = select(steps.c.result_hash).where(steps.c.turn_id.in_(its), steps.c.result_hash.is_not(None))
+        seen = list(execute(used).scalars().unique())
+        found.outcomes += execute(delete(outcomes).where(outcomes.c.turn_id.in_(its))).rowcount
+        found.steps += execute(delete(steps).where(steps.c.turn_id.in_(its))).rowcount
+        for some in chunks(seen):
+            unseen = tool_results.c.hash.in_(some), ~exists().where(steps.c.result_hash == tool_results.c.hash)
+            found.tool_results += execute(delete(tool_results).where(*unseen)).rowcount
+        execute(delete(task_origins).where(task_origins.c.turn_id.in_(its)))
+        self._erase_tasks(asked)
+        found.turns += execute(delete(turns).where(turns.c.id.in_(its))).rowcount
+
+    def _make_tombstones(self, rows: Sequence[Any]) -> None:
+        ids = [row.id for row in rows]
+        count = select(turns.c.conversation_id, func.count()).where(turns.c.conversation_id.in_(ids))
+        turned = {id: n for id, n in self._connection.execute(count.group_by(turns.c.conversation_id))}
+        self._connection.execute(
+            insert(tombstones),
+            [
+                {
+                    "conversation_id": row.id,
+                    "owner_hash": owner_hash(row.owner),
+                    "turns": turned.get(row.id, 0),
+                    "reason": self._reason,
+                    "created_at": row.created_at,
+                    "erased_at": self._now,
+                }
+                for row in rows
+            ],
+        )
+        self._note_turns(turns.c.conversation_id.in_(ids))
+
+    def _note_turns(self, which: ColumnElement[bool]) -> None:
+        at = literal(self._now, UtcTime)
+        rows = select(turns.c.id, turns.c.conversation_id, turns.c.version, at).where(which)
+        columns = ["turn_id", "conversation_id", "version", "erased_at"]
+        self._connection.execute(insert(erased_turns).from_select(columns, rows))
+
+    def _erase_tasks(self, asked: Askers) -> None:
+        """Tasks that nobody asks for any more; their origins are gone already."""
+        others: dict[str, str] = {}
+        for some in chunks(list(asked)):
+            left = select(task_origins.c.task_id, task_origins.c.owner).where(task_origins.c.task_id.in_(some))
+            others |= {
+                row.task_id: row.owner for row in self._connection.execute(left.order_by(task_origins.c.id.desc()))
+            }
+        for task_id, owner in others.items():  # by whom it was asked first isn't told any more
+            self._connection.execute(update(tasks).where(tasks.c.id == task_id).values(owner=owner))
+        alone = [task_id for task_id in asked if task_id not in others]
+        self.erased.tasks_kept += len(others)
+        self._note_uses({task_id: self._askers.get(task_id, set()) | asked[task_id] for task_id in alone})
+        deleted, emptied = withdraw(self._connection, alone, self._now)
+        self.erased.tasks_deleted += deleted
+        self.erased.tasks_emptied += emptied
+
+    def _note_uses(self, gone: Askers) -> None:
+        """Writes down which runs trained on these tasks; one that was interrupted is ended."""
+        for some in chunks(list(gone)):
+            used = select(run_tasks.c.run_id, run_tasks.c.task_id).where(run_tasks.c.task_id.in_(some)).distinct()
+            by_run: dict[str, list[str]] = {}
+            for run_id, task_id in self._connection.execute(used):
+                by_run.setdefault(run_id, []).append(task_id)
+            for run_id, task_ids in by_run.items():
+                self._end(run_id)
+                self._take_out_of_report(run_id, task_ids)
+            rows = [
+                {
+                    "run_id": run_id,
+                    "task_id": task_id,
+                    "conversation_id": conversation,
+                    "owner_hash": hashed,
+                    "taints": self._reason == "forgotten",
+                    "at": self._now,
+                }
+                for run_id, task_ids in by_run.items()
+                for task_id in task_ids
+                if task_id not in self._set_aside(run_id)
+                for conversation, hashed in sorted(gone[task_id], key=str)
+            ]
+            if rows:
+                self._connection.execute(insert(erased_uses), rows)
+
+    def _set_aside(self, run_id: str) -> set[str]:
+        if run_id not in self._aside:
+            self._aside[run_id] = set_aside(self._connection, run_id)
+        return self._aside[run_id]
+
+    def _end(self, run_id: str) -> None:
+        """An interrupted run would go on with weights that were trained on what goes."""
+        running = and_(runs.c.id == run_id, runs.c.status == "running")
+        report = {"run": run_id, "status": "ended", "reasons": ["interrupted; then tasks of it were erased"]}
+        ended = update(runs).where(running).values(status="ended", report=report, finished_at=self._now)
+        if self._connection.execute(ended).rowcount:
+            give_up_claims(
+                self._connection, tasks.c.run_id == run_id, failed=False, claim_state="released", now=self._now
+            )
+            self.erased.runs_ended.append(run_id)
+
+    def _take_out_of_report(self, run_id: str, task_ids: Sequence[str]) -> None:
+        report = self._connection.execute(select(runs.c.report).where(runs.c.id == run_id)).scalar() or {}
+        if not (examples := report.get("examples")):
+            return
+        asked = self._connection.execute(select(tasks.c.messages).where(tasks.c.id.in_(task_ids))).scalars()
+        questions = [messages[-1].get("content") for messages in asked if messages]
+        left = [example for example in examples if example.get("question") not in questions]
+        without = report | {"examples": left}
+        self._connection.execute(update(runs).where(runs.c.id == run_id).values(report=without))
+
+
+def _held(run_id: str, task_id: str) -> str:
+    return (
+        f"Run {run_id} is under way and has claimed the task {task_id}, which came of it. Erase when the run has "
+        "ended, or interrupt it first: it can't go on then."
+    )

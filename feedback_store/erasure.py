@@ -1,0 +1,107 @@
+"""Erasure: the text and the tokens of conversations go, ids and times stay, and what trained on them is marked.
+
+The record changes in one transaction. What lies outside of it (files, the runs' own copies, what a database leaves
+behind in its file) is swept afterwards: `sweep` says what is still to do, and is safe to follow again after a crash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+
+from sqlalchemy import Connection, delete, select, update
+
+from feedback_store.database import Database
+from feedback_store.erasing import Erased, Reason, Work, owner_hash
+from feedback_store.errors import InvalidRecord, NotFound
+from feedback_store.schema import consents, conversations, erased_uses, tombstones, turns
+from feedback_store.taints import tainted_versions
+from feedback_store.withdrawal import chunks
+
+_ROWS = (
+    select(conversations.c.id, conversations.c.owner, conversations.c.created_at)
+    .order_by(conversations.c.id)
+    .with_for_update()
+)
+# On PostgreSQL the lock keeps new turns out; SQLite has one writer anyway.
+
+
+class Erasure(Database):
+    def erase(self, *, conversation: str | None = None, owner: str | None = None, dry_run: bool = False) -> Erased:
+        """Forgets a conversation, or all of an owner's with every task that they asked for, in one transaction.
+
+        The caller sweeps afterwards (see `unswept`). What was erased before is counted in `already`. Raises NotFound,
+        and Busy while an answer of it, or a run that uses its tasks, is under way. `dry_run` only counts.
+        """
+        if (conversation is None) == (owner is None):
+            raise InvalidRecord("Say what to forget: a conversation, or an owner.")
+        with self._erasing("forgotten", dry_run, skip_busy=False) as (connection, work):
+            whose = conversations.c.id == conversation if owner is None else conversations.c.owner == owner
+            rows = connection.execute(_ROWS.where(whose)).all()
+            work.erased.already = _already(connection, conversation, owner)
+            for some in chunks(rows):
+                work.erase(some)
+            if owner is not None:
+                work.erase_tasks_of(owner)  # what they refused stays refused
+                connection.execute(delete(consents).where(consents.c.owner == owner, consents.c.training))
+            done = work.erased
+            if not (rows or done.already or done.tasks_deleted or done.tasks_emptied):
+                raise NotFound(*("owner", owner) if owner is not None else ("conversation", str(conversation)))
+        return work.erased
+
+    def erase_turn(self, turn_id: str) -> Erased:
+        """Forgets one turn, as `erase` does a conversation, which stays. Later turns keep what they were asked with,
+        which may tell what was said here. Raises NotFound and Busy."""
+        with self._erasing("forgotten", False, skip_busy=False) as (connection, work):
+            row = connection.execute(select(turns).where(turns.c.id == turn_id)).first()
+            if row is None:
+                raise NotFound("turn", turn_id)
+            whose = select(conversations.c.owner).where(conversations.c.id == row.conversation_id)
+            work.erase_turn(row, connection.execute(whose).scalar_one())
+        return work.erased
+
+    def expire(self, before: datetime, dry_run: bool = False) -> Erased:
+        """Erases the conversations that have rested since `before`, some in each transaction; the caller sweeps.
+
+        Versions that were trained on them aren't tainted: nobody took anything back. Conversations of which an answer
+        or a task is in use are skipped.
+        """
+        with self._read() as connection:
+            old = connection.execute(
+                select(conversations.c.id).where(conversations.c.updated_at < before).order_by(conversations.c.id)
+            ).scalars()
+            ids = list(old)
+        total = Erased(dry_run=dry_run)
+        for some in chunks(ids):
+            with self._erasing("expired", dry_run, skip_busy=True) as (connection, work):
+                still = conversations.c.id.in_(some), conversations.c.updated_at < before
+                work.erase(connection.execute(_ROWS.where(*still)).all())
+            total.add(work.erased)
+        return total
+
+    @contextmanager
+    def _erasing(self, reason: Reason, dry_run: bool, skip_busy: bool) -> Iterator[tuple[Connection, Work]]:
+        with self._write() as connection:
+            if connection.dialect.name == "sqlite":
+                connection.exec_driver_sql("PRAGMA secure_delete = ON")  # what is deleted is overwritten
+            tainted = set(tainted_versions(connection))
+            work = Work(connection, self._now(), reason, skip_busy)
+            yield connection, work
+            work.judge(tainted)
+            if dry_run:
+                work.erased.dry_run = True
+                transaction = connection.get_transaction()
+                assert transaction is not None, "_write begins one"
+                transaction.rollback()
+
+
+def _already(connection: Connection, conversation: str | None, owner: str | None) -> int:
+    """How many were erased before. What expired then is forgotten now: what was trained on it is tainted."""
+    stones, uses = tombstones.c, erased_uses.c
+    if owner is None:
+        its, used = stones.conversation_id == conversation, uses.conversation_id == conversation
+    else:
+        its, used = stones.owner_hash == owner_hash(owner), uses.owner_hash == owner_hash(owner)
+    connection.execute(update(erased_uses).where(used).values(taints=True))
+    return connection.execute(update(tombstones).where(its).values(reason="forgotten")).rowcount
