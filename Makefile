@@ -43,8 +43,12 @@ run: setup
 test: setup chromium postgresql
 	@$(BIN)/python -m pytest
 
-test-sglang: setup .venv-sglang/ready
-	@WHETSTONE_SGLANG_PYTHON=$(CURDIR)/.venv-sglang/bin/python $(BIN)/python -m pytest -m sglang tests/test_sglang_real.py
+test-sglang: setup .venv-sglang/router
+	@WHETSTONE_SGLANG_PYTHON=$(CURDIR)/.venv-sglang/bin/python $(BIN)/python -m pytest -m sglang tests/test_sglang_router.py tests/test_sglang_real.py
+
+.venv-sglang/router: .venv-sglang/ready
+	@.venv-sglang/bin/python -m pip install --disable-pip-version-check -q sglang-router==0.3.2
+	@touch $@
 
 test-litellm: setup .venv-litellm/ready
 	@WHETSTONE_LITELLM_PYTHON=$(CURDIR)/.venv-litellm/bin/python $(BIN)/python -m pytest tests/test_litellm.py

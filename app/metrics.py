@@ -104,7 +104,8 @@ class Watch:
                     self._metrics.tool_errors.labels(tool).inc()
             case Done(trajectory):
                 self.ended = trajectory.stop_reason
-                self._metrics.generation_tokens.labels(self._version).inc(trajectory.own_tokens)
+                for version, tokens in trajectory.drawn_by.items():
+                    self._metrics.generation_tokens.labels(version).inc(tokens)
 
     def close(self) -> None:
         if self._version is not None:  # else it was refused, and no answer began

@@ -30,8 +30,8 @@ from online_rl.tasks.generated import Kind, generate
 from serving.agent import Agent, Limits
 from serving.dialects.tapo import TapoDialect
 from serving.engines.base import Sampling
-from serving.engines.llamacpp import LlamaCppEngine
-from serving.model import BaseModel, prepare_base
+from serving.engines.opening import OpenEngine, embedded
+from serving.model import prepare_base
 from serving.versions import install_shipped
 from tools.python import PythonTool
 from tools.search import SearchOptions, open_search
@@ -50,7 +50,7 @@ def main() -> None:
     args = parser.parse_args()
     home: Path = args.work
     home.mkdir(parents=True, exist_ok=True)
-    base = prepare_base(Path("~/.whetstone").expanduser(), print)
+    open_engine = embedded(prepare_base(Path("~/.whetstone").expanduser(), print))
     toolbox = Toolbox([PythonTool(), open_search(home, SearchOptions())])
     with Store.open(home / "whetstone.db") as store:
         install_shipped(store, home)
@@ -74,14 +74,14 @@ def main() -> None:
                     bars.console.print(f"step {done}: {note}")
 
             ended = next((run for run in store.runs() if run.report), None)  # an earlier call got that far
-            report = ended.report if ended else run_once(home, store, base, toolbox, options, listen).report
+            report = ended.report if ended else run_once(home, store, open_engine, toolbox, options, listen).report
         if report["status"] == "ended":
             raise SystemExit(f"The run ended without a version: {report['reasons']}")
         folder = home / "runs" / report["run"]
         folders = {v.id: Path(v.path) for v in store.versions()}
     pair = {name: folders[name] for name in (report["parent"], report["version"])}
     began = time.monotonic()
-    report["greedy"] = asyncio.run(_greedy(base, toolbox, pair))
+    report["greedy"] = asyncio.run(_greedy(open_engine, toolbox, pair))
     report["seconds"]["greedy evaluation"] = time.monotonic() - began
     report["minutes"] = round(sum(report["seconds"].values()) / 60, 1)
     report["machine"] = {"processor": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0))}
@@ -98,17 +98,16 @@ def heldout() -> list[Task]:
     return [task for kind, n in HELDOUT.items() for task in generate(kind, n, 0, "heldout")]
 
 
-async def _greedy(base: BaseModel, toolbox: Toolbox, versions: dict[str, Path]) -> dict[str, Any]:
+async def _greedy(open_engine: OpenEngine, toolbox: Toolbox, versions: dict[str, Path]) -> dict[str, Any]:
     """The same held-out tasks at temperature 0, as a second measure."""
-    engine = LlamaCppEngine(base, slots=16, context=1536)
-    agent = Agent(engine, TapoDialect(base.tokenizer), toolbox, Limits())
-    call = Recorded(agent.run_tool)
-    sides = []
-    for version, path in versions.items():
-        await engine.load(version, path)
-        sides.append((await evaluate(heldout(), agent, version, Sampling(0.0, max_tokens=256), call))[0])
-    await engine.close()
-    return decide(*sides).report()
+    async with open_engine(16, 1536) as (engine, base):
+        agent = Agent(engine, TapoDialect(base.tokenizer), toolbox, Limits())
+        call = Recorded(agent.run_tool)
+        sides = []
+        for version, path in versions.items():
+            await engine.load(version, path)
+            sides.append((await evaluate(heldout(), agent, version, Sampling(0.0, max_tokens=256), call))[0])
+        return decide(*sides).report()
 
 
 def _page(report: dict[str, Any]) -> str:

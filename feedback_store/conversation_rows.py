@@ -38,6 +38,7 @@ def step_of(row: Row[Any]) -> StoredStep:
         observation=stored_observation(row),
         well_formed=row.well_formed,
         seconds=row.seconds,
+        drawn_by=tuple((version, tokens) for version, tokens in row.drawn_by or ()),
     )
 
 

@@ -195,6 +195,7 @@ class Conversations(Database):
             "turn_id": turn_id,
             "position": step.index,
             "version": step.version,
+            "drawn_by": [list(each) for each in getattr(step, "drawn_by", ())] or None,
             "token_ids": pack_step_ids(step.token_ids),
             "logprobs": pack_logprobs(step.logprobs),
             "mask": pack_step_mask(step.mask),

@@ -38,7 +38,8 @@ class ObservationLike(Protocol):
 class StepLike(Protocol):
     """One generation and its observation, as `serving.trajectory.Step` has it; the three lists are parallel.
 
-    It may have a `tool_input` too: what the tool was given, where that isn't `input` itself.
+    It may have a `tool_input` too: what the tool was given, where that isn't `input` itself; and a `drawn_by`:
+    (version, own tokens) in order, where several versions drew them.
     """
 
     @property
@@ -107,6 +108,7 @@ class StoredStep:
     observation: StoredObservation | None
     well_formed: bool
     seconds: float
+    drawn_by: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,15 @@ class Runs(Database):
                 .values(stage=stage, host=me.host, pid=me.pid, process_started=me.started)
             )
 
+    def add_note(self, run_id: str, stage: str, detail: Mapping[str, Any]) -> None:
+        """Adds to the journal of a run, a finished one too, what became of its version."""
+        with self._write() as connection:
+            if connection.execute(select(runs.c.id).where(runs.c.id == run_id)).first() is None:
+                raise NotFound("run", run_id)
+            connection.execute(
+                insert(run_stages).values(run_id=run_id, stage=stage, detail=dict(detail), at=self._now())
+            )
+
     def finish_run(self, run_id: str, status: FinalRunStatus, report: Mapping[str, Any]) -> None:
         """Ends the run and puts the tasks that it still holds back; a failed run counts as a failed attempt of each."""
         if status not in get_args(FinalRunStatus):

@@ -115,6 +115,7 @@ steps = Table(
     Column("turn_id", String(40), ForeignKey("turns.id"), primary_key=True),
     Column("position", Integer, primary_key=True, autoincrement=False),
     Column("version", CleanText, nullable=False),
+    Column("drawn_by", JSON(none_as_null=True)),  # [version, own tokens] in order; null where one drew them all
     Column("token_ids", LargeBinary, nullable=False),  # see `codec.pack_step_ids`
     Column("logprobs", LargeBinary, nullable=False),  # float32
     Column("mask", LargeBinary, nullable=False),  # 1 for the policy's own tokens: see `codec.pack_step_mask`

@@ -65,6 +65,12 @@ def _let_go(connection: Connection, *but: str | None) -> int:
     return connection.execute(update(conversations).where(others).values(version=None)).rowcount
 
 
+def _is_full(connection: Connection, version_id: str | None) -> bool:
+    """Whether a version is full weights, beside which an engine can hold no other."""
+    manifest = connection.execute(select(versions.c.manifest).where(versions.c.id == version_id)).scalar()
+    return isinstance(manifest, dict) and manifest.get("kind") == "weights"
+
+
 def _check_status(status: str) -> None:
     if status not in get_args(VersionStatus):
         raise InvalidRecord(f"A version's status is one of {', '.join(get_args(VersionStatus))}, not {status!r}.")
@@ -146,8 +152,8 @@ class Versions(Database):
         """Puts a published version in service and records the change; nothing changes if it serves already. Its trial
         as a canary ends with that.
 
-        `move_conversations`: those that stay on other versions, the canary's apart, go on with the new one too.
-        Returns how many there are.
+        `move_conversations`: those that stay on other versions, the canary's apart, go on with the new one too, as
+        they do in any case to and from full weights. Returns how many there are.
         """
         with self._write() as connection:
             hold(connection, Lock.VERSIONS)
@@ -161,6 +167,11 @@ class Versions(Database):
                 )
                 if canary is not None and canary.version == id:
                     self._record_canary(connection, id, 0.0, "put in service")
+                    canary = None
+            if _is_full(connection, id) or _is_full(connection, previous):
+                move_conversations = True
+                if canary is not None:
+                    self._record_canary(connection, canary.version, 0.0, f"full weights changed: {id}")
                     canary = None
             if not move_conversations:
                 return 0
@@ -197,6 +208,12 @@ class Versions(Database):
                     raise InvalidRecord(f"Version {id!r} is {status}; only a published version can be tried.")
                 if current_version_of(connection) == id:
                     raise InvalidRecord(f"Version {id!r} is in service already; a canary is another version.")
+                for full in (id, current_version_of(connection)):
+                    if _is_full(connection, full):
+                        raise InvalidRecord(
+                            f"Version {full!r} is full weights, of which an engine has one set: no other version can "
+                            "be tried beside it."
+                        )
                 if canary != Canary(id, share):
                     self._record_canary(connection, id, share, reason)
                 return 0

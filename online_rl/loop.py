@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import time
 from collections import Counter
@@ -22,11 +23,12 @@ from typing import Any, Literal
 
 from feedback_store import Guards, Run, RunUnderWay, Store
 from feedback_store.guards import OVER_SHARE
-from online_rl.adapters import load_adapter, save_adapter, save_version
+from online_rl.adapters import load_adapter, save_adapter
 from online_rl.checkpoints import MAY_CHANGE
 from online_rl.evaluation import Recorded, evaluate
 from online_rl.gate import Decision, GateConfig, ItemResult, decide
 from online_rl.memory import keep_freed_memory, return_freed_memory
+from online_rl.publication import Outdated, promote, register
 from online_rl.recipe import Recipe
 from online_rl.redaction import Redact, redact_task
 from online_rl.replay import Replay, keeping
@@ -34,14 +36,14 @@ from online_rl.report import write_report
 from online_rl.result_record import EVALUATION, ROLLOUTS, ResultRecord
 from online_rl.rewards import RewardConfig, score_group
 from online_rl.rollouts import GroupReplay, Progress
+from online_rl.sampler import Sampler
 from online_rl.step_metrics import Metrics
 from online_rl.tapo import TrainingDiverged, train
 from online_rl.tasks.base import Task
 from serving.agent import Agent, Limits
 from serving.dialects import DialectName, make_dialect
-from serving.engines.base import PromptTooLong, Sampling
-from serving.engines.llamacpp import LlamaCppEngine
-from serving.manifest import WEIGHTS
+from serving.engines.base import Engine, PromptTooLong, Sampling
+from serving.engines.opening import OpenEngine
 from serving.model import BaseModel
 from serving.trajectory import Trajectory
 from tools.toolbox import Toolbox
@@ -92,18 +94,23 @@ class RunResult:
 def run_once(
     home: Path,
     store: Store,
-    base: BaseModel,
+    open_engine: OpenEngine,
     toolbox: Toolbox,
     options: RunOptions,
     listener: Listener = lambda *_: None,
 ) -> RunResult:
     """A whole run, or the rest of one that was interrupted. Blocks.
 
-    Raises RunRefused when another run is under way or no version is registered. On any other failure the run stays
-    resumable; call again.
+    Rollouts are sampled from, and versions compared on, the engine that `open_engine` gives. Raises RunRefused when
+    another run is under way or no version is registered. On any other failure the run stays resumable; call again.
     """
+
+    async def run() -> RunResult:
+        async with open_engine(options.recipe.concurrency + 8, CONTEXT) as (engine, base):
+            return await _Run(home, store, engine, base, toolbox, options, listener).go()
+
     with _only_run(home, store), store.present():
-        return asyncio.run(_Run(home, store, base, toolbox, options, listener).go())
+        return asyncio.run(run())
 
 
 @contextlib.contextmanager
@@ -128,6 +135,7 @@ class _Run:
         self,
         home: Path,
         store: Store,
+        engine: Engine,
         base: BaseModel,
         toolbox: Toolbox,
         options: RunOptions,
@@ -135,18 +143,18 @@ class _Run:
     ) -> None:
         self.home, self.store, self.base, self.options, self.listener = home, store, base, options, listener
         self.recipe = options.recipe
-        self.engine = LlamaCppEngine(base, slots=self.recipe.concurrency + 8, context=CONTEXT)
+        self.engine = engine
         limits = Limits(
             max_turns=self.recipe.max_turns,
             answer_tokens=self.recipe.max_response_tokens,
             observation_tokens=self.recipe.max_observation_tokens,
             tool_seconds=options.tool_seconds,
+            context=CONTEXT,
         )
         self.agent = Agent(self.engine, make_dialect(options.dialect, base.tokenizer), toolbox, limits)
         self.seconds: dict[str, float] = {}
         self.set_aside: dict[str, int] = {}  # queued tasks that aren't trained on, by the reason
         self._open = contextlib.ExitStack()
-        self.sampled: str | None = None  # the engine's name of the weights that rollouts come from
 
     async def go(self) -> RunResult:
         run = self._unfinished() or self._start()
@@ -154,6 +162,9 @@ class _Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.parent: str = run.detail["parent"]
         self.candidate: str = run.detail["candidate"]
+        # Of this process alone: a server that others use too may still hold what a killed one loaded.
+        self.tag = f"{run.id}.{secrets.token_hex(3)}"
+        self.sampler = Sampler(self.engine, self.folder / "sampler", self.tag)
         try:
             with self._timed("claim"):
                 tasks = self._claim()
@@ -178,7 +189,7 @@ class _Run:
             return self._publish(tasks, metrics, decision, examples)
         finally:
             self._open.close()
-            await self.engine.close()
+            await self.sampler.end()
 
     # -- stages
 
@@ -202,6 +213,11 @@ class _Run:
         parent = self.store.current_version()
         if parent is None:
             raise RunRefused("No version is in service to learn from. Start `whetstone up` once, then train.")
+        if self.store.version(parent).manifest.get("kind") == "weights":
+            raise RunRefused(
+                f"{parent}, which is in service, is full weights; only adapters can be trained so far: put one in "
+                "service with `whetstone versions use`."
+            )
         taken = [int(v.id[1:]) for v in self.store.versions() if v.id[:1] == "v" and v.id[1:].isdigit()]
         detail = {"parent": parent, "candidate": f"v{max(taken, default=0) + 1}", "recipe": self.recipe.model_dump()}
         return self.store.run(self.store.start_run(self.options.recipe_name, detail))
@@ -281,11 +297,9 @@ class _Run:
         sampling = Sampling(temperature=self.recipe.temperature, max_tokens=self.recipe.max_response_tokens)
 
         async def rollout(task: Task, seed: int) -> Trajectory:
-            assert self.sampled is not None, "sync comes before the first rollout"
             call = GroupReplay(keeping(replay.of(task), seen, task))
-            return await self.agent.roll_out(
-                task.messages, self.sampled, Sampling(sampling.temperature, 1.0, sampling.max_tokens, seed), call
-            )
+            drawn = Sampling(sampling.temperature, 1.0, sampling.max_tokens, seed)
+            return await self.agent.roll_out(task.messages, self.sampler.version, drawn, call)
 
         def on_step(metrics: Metrics) -> None:
             self.store.renew(self.id, LEASE_S)
@@ -304,7 +318,7 @@ class _Run:
             tasks,
             rollout,
             lambda trajectories, task: score_group(trajectories, task, RewardConfig.of(self.recipe)),
-            self._sync,
+            self.sampler.sync,
             self.folder,
             on_step,
             on_progress,
@@ -315,29 +329,13 @@ class _Run:
         _write(done, result.metrics)
         return result.metrics
 
-    async def _sync(self, model: Any, step: int) -> str:
-        """Serve the trainer's weights as of `step` to the rollouts that come next."""
-        name = f"{self.id}-step{step}"
-        folder = self.folder / "sampler" / f"step-{step}"
-        await asyncio.to_thread(save_adapter, model, folder)
-        (folder / "adapter.gguf").unlink(missing_ok=True)
-        await self.engine.load(name, folder)
-        if self.sampled is not None:
-            await self.engine.unload(self.sampled)
-        for old in folder.parent.iterdir():
-            if old != folder:
-                shutil.rmtree(old)
-        self.sampled = name
-        return name
-
     async def _evaluate(self) -> tuple[list[ItemResult], list[ItemResult], list[dict[str, str]]]:
         """Version in service and candidate on the held-out tasks, same seeds, same tool results."""
         done = self.folder / "evaluated.json"
         if not done.exists():
             tasks = self.options.heldout
             self._journal("evaluate", tasks=len(tasks))
-            if self.sampled is not None:
-                await self.engine.unload(self.sampled)
+            await self.sampler.end()
             seen = self._results(EVALUATION)  # after a kill: the results that were seen before it
             call = Recorded(self.agent.run_tool, seen, self.recipe.tool_results, self.store)
             sides = []
@@ -345,19 +343,22 @@ class _Run:
                 (self.parent, Path(self.store.version(self.parent).path)),
                 (self.candidate, self.folder / "candidate"),
             ):
-                await self.engine.load(version, path)
-                sides.append(
-                    await evaluate(
-                        tasks,
-                        self.agent,
-                        version,
-                        self.options.evaluation,
-                        call,
-                        self.recipe.concurrency,
-                        lambda n, of, version=version: self.listener("evaluate", n, of, version),  # type: ignore[misc]
+                served = f"{self.tag}-{version}"
+                await self.engine.load(served, path)
+                try:
+                    sides.append(
+                        await evaluate(
+                            tasks,
+                            self.agent,
+                            served,
+                            self.options.evaluation,
+                            call,
+                            self.recipe.concurrency,
+                            lambda n, of, version=version: self.listener("evaluate", n, of, version),  # type: ignore[misc]
+                        )
                     )
-                )
-                await self.engine.unload(version)
+                finally:
+                    await self.engine.unload(served)
             (before, old), (after, new) = sides
             examples = [
                 {"question": task.question, "gold": task.gold, "before": o.answer, "after": n.answer,
@@ -375,18 +376,15 @@ class _Run:
         self, tasks: list[Task], metrics: list[Metrics], decision: Decision, examples: list[dict[str, str]]
     ) -> RunResult:
         status: Literal["promoted", "refused"] = "promoted" if decision.promote else "refused"
-        queue_ids = [task.meta["queue_id"] for task in tasks if task.source == "queue"]
-        if self.candidate not in {version.id for version in self.store.versions()}:
-            self._register(tasks, decision)
+        names = (self.parent, self.candidate)
+        recipe = (self.recipe, self.options.recipe_name)
+        register(self.store, self.home, self.base, self.id, names, *recipe, tasks, decision)
         self._journal("publish", version=self.candidate, status=status)
         if decision.promote:  # else finish_run gives the tasks back: nothing was learnt from them
-            if self.store.current_version() not in (self.parent, self.candidate):
-                raise RunRefused(
-                    f"{self.candidate} was compared with {self.parent}, which serves no more. It is published: "
-                    f"`whetstone versions use {self.candidate}` puts it in service."
-                )
-            self.store.complete(self.id, queue_ids)
-            self.store.set_current(self.candidate, f"{self.id}: {decision.reasons[0]}")
+            try:
+                promote(self.store, self.id, names, tasks, decision.reasons[0])
+            except Outdated as error:
+                raise RunRefused(str(error)) from None
             self._journal("swap", version=self.candidate)
         report = {
             "run": self.id, "status": status, "parent": self.parent, "version": self.candidate,
@@ -399,28 +397,6 @@ class _Run:
         self.store.finish_run(self.id, status, report)
         shutil.rmtree(self.folder / "sampler", ignore_errors=True)
         return RunResult(self.id, status, self.candidate, decision.reasons, self.folder, report)
-
-    def _register(self, tasks: list[Task], decision: Decision) -> None:
-        """Write the version's folder, whatever lies there, and name it in the registry."""
-
-        def copy(work: Path) -> None:
-            for name in WEIGHTS:
-                shutil.copyfile(self.folder / "candidate" / name, work / name)
-
-        target = self.home / "versions" / self.candidate
-        manifest = save_version(
-            copy,
-            target,
-            self.base,
-            self.parent,
-            recipe=self.recipe.model_dump(),
-            seed=self.recipe.seed,
-            command=f"whetstone train --once --recipe {self.options.recipe_name} --steps {self.recipe.max_steps}",
-            task_ids=[task.id for task in tasks],
-            gate=decision.report(),
-        )
-        known: Literal["published", "refused"] = "published" if decision.promote else "refused"
-        self.store.add_version(self.candidate, self.parent, str(target), manifest.model_dump(), known, run_id=self.id)
 
     def _end(self, reason: str) -> RunResult:
         """Politely: nothing was wrong, there was only nothing to learn. Claimed tasks go back to the queue."""

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Map
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 from serving.dialects.base import Dialect, MalformedCall, Parsed, read_input
@@ -48,12 +49,14 @@ _CHARS_PER_TOKEN = 8  # more than English text has: only what is far too long is
 @dataclass(frozen=True)
 class Limits:
     """`max_turns`: tool turns before the last generation, with tools off (4 in the paper). `answer_tokens`: the
-    policy's own tokens in one answer, over all its generations."""
+    policy's own tokens in one answer, over all its generations. `context`: tokens of prompt and answer together, where
+    that should be fewer than the engine holds."""
 
     max_turns: int = 4
     observation_tokens: int = 256
     tool_seconds: float = 15.0
     answer_tokens: int = 1024
+    context: int | None = None
 
 
 class ToolsTooLong(PromptTooLong):
@@ -76,6 +79,12 @@ class Agent:
         self._fit = partial(dialect.fit, max_tokens=tokens)
         self.toolbox = toolbox.within(Budget(self.limits.tool_seconds, _CHARS_PER_TOKEN * tokens, self._fit))
 
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and answer together."""
+        held = self.engine.context_length
+        return held if self.limits.context is None else min(held, self.limits.context)
+
     def render(
         self,
         messages: Sequence[dict[str, Any]],
@@ -89,7 +98,7 @@ class Agent:
         if terms.schema is not None:
             messages = [*messages, {"role": "system", "content": _as_json(terms.schema)}]
         server = self.toolbox.schemas(allowed)
-        room = self.engine.context_length - _ROOM_FOR_AN_ANSWER
+        room = self.context - _ROOM_FOR_AN_ANSWER
         far_too_long = sum(len(message["content"]) for message in messages) > _CHARS_PER_TOKEN * room
         if far_too_long and (least := self.dialect.at_least(messages)) > room:  # encoding it would take a second
             raise PromptTooLong(
@@ -146,7 +155,7 @@ class Agent:
             drawn = replace(
                 sampling,
                 seed=None if sampling.seed is None else sampling.seed + index,
-                max_tokens=min(sampling.max_tokens, most - spent),
+                max_tokens=min(sampling.max_tokens, most - spent, self.context - len(ids_so_far)),
             )
             request = GenerateRequest(ids_so_far, version, drawn, self.dialect.stops(last), terms.top_logprobs)
             async with aclosing(self._write(written, request, terms, last)) as shown:
@@ -190,7 +199,7 @@ class Agent:
                 if call is not None:  # a record may have been made under another limit
                     observation = replace(observation, text=self._fit(observation.text))
                 yield ToolResult(observation)
-            room = self.engine.context_length - len(ids_so_far) - len(written.ids) - _ROOM_FOR_AN_ANSWER
+            room = self.context - len(ids_so_far) - len(written.ids) - _ROOM_FOR_AN_ANSWER
             no_more = index + 1 == self.limits.max_turns
             observed = self.dialect.encode_observation(observation.text, last=no_more, after=written.ids)
             full = len(observed) > room or spent >= most
@@ -293,12 +302,14 @@ def _step(
     observation: Observation | None = None,
     observed: Sequence[int] = (),
 ) -> Step:
+    drew = [(name, sum(1 for _ in of)) for name, of in groupby(filter(None, written.versions))]
     return Step(
         index=index,
         token_ids=[*written.ids, *observed],
         logprobs=[*written.logprobs, *(0.0 for _ in observed)],
         mask=[*written.mask, *(0 for _ in observed)],
-        version=version,
+        version=drew[-1][0] if drew else version,
+        drawn_by=tuple(drew) if len(drew) > 1 else (),
         text=parsed.text,
         action=parsed.action,
         input=parsed.input.strip(),

@@ -14,9 +14,10 @@ from serving.tensors import tensor_shapes
 
 
 def install_fresh(store: Store, home: Path, base: BaseModel, rank: int) -> None:
-    """Register a fresh version of `base`, and put it in service, if the registry has none that fits."""
+    """Register a fresh version of `base`, and put it in service, if the registry has no adapter that fits."""
     for version in store.versions():
-        if version.status == "published" and version.manifest.get("base") == base.fingerprint:
+        adapter = version.manifest.get("kind", "lora") == "lora"
+        if adapter and version.status == "published" and version.manifest.get("base") == base.fingerprint:
             return
     folder = home / "versions" / f"base-{base.fingerprint[:8]}"
     try:

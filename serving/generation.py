@@ -15,8 +15,9 @@ from serving.trajectory import AnswerText, Thinking, TokenLogprob
 
 
 class Generation:
-    """`ids`, `logprobs` and `mask` are parallel. Masked 0 are the tokens that weren't drawn: the markup around a text
-    that a grammar made. `reason` is None while the engine writes, and after it was told to stop."""
+    """`ids`, `logprobs`, `mask` and `versions`, which tells what drew a token, are parallel. Masked 0 are the tokens
+    that weren't drawn: the markup around a text that a grammar made. `reason` is None while the engine writes, and
+    after it was told to stop."""
 
     def __init__(self, dialect: Dialect, token_bytes: TokenBytes, terms: Terms) -> None:
         self._dialect = dialect
@@ -35,6 +36,7 @@ class Generation:
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.mask: list[int] = []
+        self.versions: list[str] = []
         self.reason: FinishReason | None = None
         self.shown = ""  # of the answer
         self.committed = False  # the policy is answering, where a grammar is to make the answer
@@ -54,7 +56,7 @@ class Generation:
         return self.reason == "length" and (self._parser.answering or self._action is not None)
 
     def feed(self, chunk: TokenChunk) -> list[Thinking | AnswerText]:
-        self._add(chunk.token_ids, chunk.logprobs, chunk.top_logprobs, drawn=True)
+        self._add(chunk.token_ids, chunk.logprobs, chunk.top_logprobs, chunk.version)
         self.reason = chunk.finish_reason
         events: list[Thinking | AnswerText] = []
         for event in self._parser.feed(chunk.token_ids):
@@ -99,7 +101,8 @@ class Generation:
         self.reason = chunk.finish_reason
         own = [i for i, token_id in enumerate(chunk.token_ids) if not self._token_bytes.is_added(token_id)]
         tops = chunk.top_logprobs and [chunk.top_logprobs[i] for i in own]
-        grown = self._add([chunk.token_ids[i] for i in own], [chunk.logprobs[i] for i in own], tops, drawn=True)
+        ids, logprobs = [chunk.token_ids[i] for i in own], [chunk.logprobs[i] for i in own]
+        grown = self._add(ids, logprobs, tops, chunk.version)
         self._written += grown
         return self._show(self._stop.feed(grown)) if self._action == "answer" else []
 
@@ -134,11 +137,13 @@ class Generation:
         ids: Sequence[int],
         logprobs: Sequence[float],
         tops: Sequence[list[tuple[int, float]]] | None,
-        drawn: bool,
+        version: str | None,
     ) -> str:
+        """`version`: the one that drew the tokens, None for markup."""
         self.ids += ids
         self.logprobs += logprobs
-        self.mask += [int(drawn)] * len(ids)
+        self.mask += [int(version is not None)] * len(ids)
+        self.versions += [version or ""] * len(ids)
         self._tops += tops or [[] for _ in ids]
         grown = self._spans.add(ids)
         self._text += grown
@@ -146,10 +151,10 @@ class Generation:
 
     def _force(self, text: str) -> None:
         ids = self._dialect.encode_markup(text)
-        self._add(ids, [0.0] * len(ids), None, drawn=False)
+        self._add(ids, [0.0] * len(ids), None, None)
 
     def _keep(self, count: int) -> None:
-        for parallel in (self.ids, self.logprobs, self.mask, self._tops):
+        for parallel in (self.ids, self.logprobs, self.mask, self.versions, self._tops):
             del parallel[count:]
         self._spans = TokenSpans(self._token_bytes)
         self._text = self._spans.add(self.ids)

@@ -1,4 +1,8 @@
-"""Keeps versions loaded while they are used, and never more of them than memory has room for."""
+"""Keeps versions loaded while they are used, and never more of them than memory has room for.
+
+Adapters lie beside each other over the model's own weights. A version of full weights takes the place of all: it comes
+in only where it is to serve, and so do adapters again.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,8 @@ from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from feedback_store import NotFound, Store
-from serving.engines.base import Engine, EngineError, UnknownVersion
+from feedback_store import NotFound, Store, Version
+from serving.engines.base import Engine, EngineError, UnknownVersion, WeightsRefused
 from serving.manifest import CorruptVersion, read_version
 
 log = logging.getLogger(__name__)
@@ -24,10 +28,18 @@ class NoRoom(EngineError):
 class LoadedVersions:
     """An engine's versions. One is loaded or unloaded at a time; what is loaded can be held meanwhile.
 
-    `at_most` versions are loaded at once; `pinned`, the one in service, isn't unloaded to make room.
+    `at_most` versions are loaded at once; `pinned`, the one in service, isn't unloaded to make room. `patience_s`: how
+    long a change between adapters and full weights waits for the answers under way.
     """
 
-    def __init__(self, store: Store, engine: Engine, base_fingerprint: str | None, at_most: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        engine: Engine,
+        base_fingerprint: str | None,
+        at_most: int,
+        patience_s: float = 60.0,
+    ) -> None:
         if at_most < 2:
             raise ValueError(f"At least 2 versions must fit beside each other, not {at_most}: a swap needs both.")
         self._store = store
@@ -39,17 +51,28 @@ class LoadedVersions:
         self._changing = asyncio.Lock()
         self._leaving: set[str] = set()
         self._freed = asyncio.Event()
+        self._patience_s = patience_s
+        self._swapping = asyncio.Lock()
+        self._open = asyncio.Event()  # cleared while new answers wait for other weights
+        self._open.set()
         self.pinned: str | None = None
 
     def __contains__(self, version: str) -> bool:
         return version in self._engine.loaded() and version not in self._leaving
 
     @asynccontextmanager
-    async def hold(self, version: str, wait_s: float = 0.0) -> AsyncIterator[None]:
-        """Loaded until the block ends. `wait_s`: how long to wait for room.
+    async def hold(self, version: str, wait_s: float = 0.0, to_serve: bool = False) -> AsyncIterator[None]:
+        """Loaded until the block ends. `wait_s`: how long to wait for room. `to_serve`: as the one in service, for
+        which the weights under all versions may change; it is pinned then.
 
-        Raises UnknownVersion, NoRoom, EngineError (by CorruptVersion, if its files aren't what they were).
+        Raises UnknownVersion, NoRoom, EngineError (by CorruptVersion, if its files aren't what they were),
+        WeightsRefused for a version of other weights than are in place, or when those can't change.
         """
+        if to_serve and version not in self:
+            async with self._swapping:
+                await self._change_weights(version)
+        else:
+            await self._open.wait()
         self._users[version] += 1
         try:
             if version not in self:
@@ -76,8 +99,79 @@ class LoadedVersions:
                 await self._unload(unwanted[0])
         self._freed.set()
 
+    async def _change_weights(self, version: str) -> None:
+        """Put the weights in place that the version needs, if they aren't."""
+        found = await asyncio.to_thread(self._published, version)
+        full = _is_full(found)
+        if self._engine.weights == (version if full else None):
+            return
+        if full and not self._engine.can_swap:
+            raise WeightsRefused(
+                f"Version {version!r} is full weights, which this engine can't change while it serves: serve them with "
+                "engine = sglang."
+            )
+        path = await asyncio.to_thread(self._verified, found)
+        smooth = full and self._engine.weights is not None  # answers under way go on with the new weights
+        try:
+            if not smooth:
+                self._open.clear()
+                await self._until_unused(version)
+            async with self._changing:
+                await self._swap(version, path, full)
+        except EngineError as error:
+            raise WeightsRefused(f"The weights of {version!r} weren't put in service: {error}") from error
+        finally:
+            self._open.set()
+        self.pinned = version
+        log.info("the weights of %s are in place", version)
+
+    async def _until_unused(self, version: str) -> None:
+        """Until the answers under way have ended; new ones wait meanwhile."""
+        deadline = time.monotonic() + self._patience_s
+        while self._users:
+            self._freed.clear()
+            try:
+                await asyncio.wait_for(self._freed.wait(), max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
+                raise EngineError(
+                    f"{self._users.total()} answers with {', '.join(self._users)} didn't end within "
+                    f"{self._patience_s:g} s; {version!r} is tried again later."
+                ) from None
+
+    async def _swap(self, version: str, path: Path, full: bool) -> None:
+        before = self._engine.loaded()
+        try:
+            if self._engine.weights is None:
+                for adapter in before:
+                    await self._unload(adapter)
+            await self._engine.swap(version if full else None, path if full else None)
+            if not full:
+                await self._engine.load(version, path)
+        except EngineError:
+            if self.pinned in before and self.pinned not in self._engine.loaded():
+                await self._take_back(self.pinned)
+            raise
+
+    async def _take_back(self, version: str) -> None:
+        """The one that served, after a change that failed."""
+        found = await asyncio.to_thread(self._published, version)
+        path = Path(found.path)
+        if _is_full(found):
+            await self._engine.swap(version, path)
+        else:
+            await self._engine.swap(None, None)
+            await self._engine.load(version, path)
+
     async def _load(self, version: str, wait_s: float) -> None:
-        path = await asyncio.to_thread(self._checked_path, version)
+        found = await asyncio.to_thread(self._published, version)
+        full = _is_full(found)
+        if full or self._engine.weights is not None:
+            raise WeightsRefused(
+                f"Version {version!r} is {'full weights' if full else 'an adapter'}, and an engine has one set of "
+                f"weights, now {self._engine.weights or 'the own ones of the model'}: put it in service for all, or "
+                "not at all."
+            )
+        path = await asyncio.to_thread(self._verified, found)
         deadline = time.monotonic() + wait_s
         while True:
             async with self._changing:
@@ -113,7 +207,7 @@ class LoadedVersions:
             self._leaving.discard(version)
             self._used_at.pop(version, None)
 
-    def _checked_path(self, version: str) -> Path:
+    def _published(self, version: str) -> Version:
         try:
             found = self._store.version(version)
         except NotFound:
@@ -121,8 +215,16 @@ class LoadedVersions:
         if found is None or found.status != "published":
             published = ", ".join(v.id for v in self._store.versions() if v.status == "published")
             raise UnknownVersion(f"There is no published version {version!r}; published are: {published}.")
+        return found
+
+    def _verified(self, version: Version) -> Path:
+        """Its folder. Hashes the files: of full weights that takes seconds."""
         try:
-            read_version(Path(found.path), self._base)
+            read_version(Path(version.path), self._base)
         except CorruptVersion as error:
             raise EngineError(str(error)) from error
-        return Path(found.path)
+        return Path(version.path)
+
+
+def _is_full(version: Version) -> bool:
+    return version.manifest.get("kind") == "weights"

@@ -20,12 +20,16 @@ _WORK = re.compile(r"\..+-[a-z0-9_]{8}")  # a working folder of `write_version`
 WEIGHTS = ("adapter_model.safetensors", "adapter_config.json")
 
 
+Kind = Literal["lora", "weights"]
+
+
 class CorruptVersion(ValueError):
     """A version's folder isn't what its manifest says."""
 
 
 class Manifest(BaseModel):
-    """`base` is the fingerprint of the weights under the adapter; `command` remakes the version."""
+    """`kind`: an adapter ("lora") or full weights. `base` is the fingerprint of the model that the version is of: of
+    the weights under the adapter, or those that full weights take the place of. `command` remakes the version."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -33,7 +37,7 @@ class Manifest(BaseModel):
     parent: str | None
     base: str
     base_name: str
-    kind: Literal["lora"] = "lora"
+    kind: Kind = "lora"
     files: dict[str, str] = Field(description="sha256 by file name")
     recipe: dict[str, Any] = {}
     seed: int = 0
@@ -52,7 +56,7 @@ def write_version(
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             save(work)
-            manifest = describe({name: sha256_of(work / name) for name in WEIGHTS})
+            manifest = describe({file.name: sha256_of(file) for file in sorted(work.iterdir())})
             (work / "manifest.json").write_text(manifest.model_dump_json(indent=2) + "\n")
             work.chmod(0o755)
             shutil.rmtree(folder, ignore_errors=True)

@@ -18,3 +18,12 @@ def tensor_shapes(folder: Path, pattern: str = "*.safetensors") -> Shapes:
             weights: Any = opened
             shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
     return shapes
+
+
+def model_shapes(path: str | Path) -> Shapes:
+    """Of every tensor of a model's folder, or none where there is no such folder here. A tied head isn't told: some
+    files hold it, some don't."""
+    shapes = tensor_shapes(Path(path)) if Path(path).is_dir() else {}
+    if "lm_head.weight" in shapes and shapes["lm_head.weight"] == shapes.get("model.embed_tokens.weight"):
+        del shapes["lm_head.weight"]
+    return shapes

@@ -32,7 +32,8 @@ class Step:
     `token_ids`, `logprobs` and `mask` are parallel: first the policy's own tokens (mask 1), then the observation's
     (mask 0, logprob 0.0). Markup that was put around a text that a grammar made is masked 0 too. `text` is the
     generation's; `action` and `input` are what it closed with: for a "call", the JSON text that names the tool and its
-    arguments.
+    arguments. `version` drew its own tokens, as the engine told it, the last of them where full weights were changed
+    midway: `drawn_by` then has (version, own tokens) in order, and is empty else.
     """
 
     index: int
@@ -47,12 +48,16 @@ class Step:
     observation: Observation | None = None
     well_formed: bool = True
     seconds: float = 0.0
+    drawn_by: tuple[tuple[str, int], ...] = ()
     tool_input: str = ""  # what the tool was given, where that isn't `input` itself: the arguments of a "call"
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """All steps of one answer. `completion_ids` and its parallels are the steps' joined; nothing is re-tokenised."""
+    """All steps of one answer. `completion_ids` and its parallels are the steps' joined; nothing is re-tokenised.
+
+    `version` is the one that was asked for; others may have drawn tokens where full weights were changed under it.
+    """
 
     prompt_ids: list[int]
     steps: list[Step]
@@ -72,6 +77,15 @@ class Trajectory:
     @property
     def mask(self) -> list[int]:
         return [m for step in self.steps for m in step.mask]
+
+    @property
+    def drawn_by(self) -> dict[str, int]:
+        """Own tokens by the version that drew them, in order."""
+        drew: dict[str, int] = {}
+        for step in self.steps:
+            for version, tokens in step.drawn_by or [(step.version, sum(step.mask))]:
+                drew[version] = drew.get(version, 0) + tokens
+        return drew or {self.version: 0}
 
     @property
     def own_tokens(self) -> int:

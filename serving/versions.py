@@ -4,6 +4,10 @@ The store says which version is current, which one is tried on a share of the ne
 conversation stays on. A router in each serving process follows it: it loads the new version beside the old one, sends
 new conversations there, and unloads the old one when its conversations have ended or gone idle. No answer changes its
 version midway, none waits, none fails.
+
+Full weights are the exception: an engine has one set. All conversations move with them. From one set to the next,
+answers under way go on and tell which weights drew what; between adapters and full weights, new answers wait until
+those under way have ended.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 from feedback_store import InvalidRecord, Store, StoreError
-from serving.engines.base import Engine, EngineError
+from serving.engines.base import Engine, EngineError, WeightsRefused
 from serving.loading import LoadedVersions
 from serving.manifest import CorruptVersion, copy_version, read_version, remove_unfinished
 from serving.routing import preferred
@@ -25,7 +29,7 @@ from serving.routing import preferred
 log = logging.getLogger(__name__)
 
 SHIPPED = Path(__file__).parent / "shipped"
-_DAMAGED_FOR_S = 60.0  # a version whose files aren't what they were is looked at again after so long
+_DAMAGED_FOR_S = 60.0  # a version whose files or weights can't serve is looked at again after so long
 
 
 class NoVersion(EngineError):
@@ -58,7 +62,8 @@ class VersionRouter:
     """Follows the store's current version. `start` it before the first `lease`, `close` it at the end.
 
     A version that can't be loaded leaves the one in service where it is; `refused` says why. It is tried again: at the
-    next poll when the reason may pass (a locked store, a full machine), once a minute when its files are to blame.
+    next poll when the reason may pass (a locked store, a full machine), once a minute when its files or weights are to
+    blame.
 
     `idle_s`: how long a conversation may rest before it no longer stays on its version. `at_most`: versions loaded at
     once. `wait_s`: how long a request for a version by id waits for room.
@@ -157,7 +162,7 @@ class VersionRouter:
     async def use(self, version: str, reason: str, move_conversations: bool = False) -> int:
         """Put a published version in service, at once here and within a poll in other processes; returns how many
         conversations were moved along (see `Store.set_current`). Raises EngineError when it can't be loaded."""
-        async with self._loaded.hold(version, self._wait_s):
+        async with self._loaded.hold(version, self._wait_s, to_serve=True):
             moved = await asyncio.to_thread(self._store.set_current, version, reason, move_conversations)
             self._loaded.pinned = version
         return moved
@@ -193,8 +198,15 @@ class VersionRouter:
                     continue
             if await self._try(held, version):
                 return version
-        await held.enter_async_context(self._loaded.hold(self.current))
-        return self.current
+        while True:
+            current = self.current
+            try:
+                await held.enter_async_context(self._loaded.hold(current))
+            except WeightsRefused:
+                if current == self.current:
+                    raise
+            else:
+                return current
 
     async def _follow(self) -> None:
         while True:
@@ -210,24 +222,35 @@ class VersionRouter:
 
     async def _adopt(self, version: str) -> bool:
         async with AsyncExitStack() as held:  # until it is pinned
-            if await self._try(held, version):
+            if await self._try(held, version, to_serve=True):
                 self._loaded.pinned = version
                 return True
         return False
 
-    async def _try(self, held: AsyncExitStack, version: str) -> bool:
+    async def _try(self, held: AsyncExitStack, version: str, to_serve: bool = False) -> bool:
         """Hold a version if that can be. One that failed for good a moment ago isn't tried."""
         if time.monotonic() < self._not_before.get(version, 0.0):
             return False
         try:
-            await held.enter_async_context(self._loaded.hold(version))
+            await held.enter_async_context(self._loaded.hold(version, to_serve=to_serve))
         except (EngineError, StoreError) as error:
+            if isinstance(error, WeightsRefused) and not to_serve:
+                return False  # nothing is wrong with it: other weights serve
             said = f"version {version} was refused: {error}"
             if self.refused.get(version) != said:
                 log.error("%s; %s stays in service", said, self._loaded.pinned)
+                if to_serve:
+                    await self._tell_run(version, str(error))
             self.refused[version] = said
-            if isinstance(error.__cause__, CorruptVersion):
+            if isinstance(error, WeightsRefused) or isinstance(error.__cause__, CorruptVersion):
                 self._not_before[version] = time.monotonic() + _DAMAGED_FOR_S
             return False
         self.refused.pop(version, None)
         return True
+
+    async def _tell_run(self, version: str, why: str) -> None:
+        """The journal of the run that made the version says that it couldn't be put in service."""
+        with contextlib.suppress(StoreError):  # the store may be what failed; the log has it in any case
+            made_by = (await asyncio.to_thread(self._store.version, version)).run_id
+            if made_by is not None:
+                await asyncio.to_thread(self._store.add_note, made_by, "swap failed", {"version": version, "why": why})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -182,6 +183,21 @@ class EngineContract:
         health = await bench.engine.health()
         assert health["ok"] is True
         assert set(health["versions"]) == {"base", "vx"}
+
+    async def test_a_json_schema_holds_what_is_drawn(self, bench):
+        colour = {"enum": ["red", "green"]}
+        fields = {"colour": colour, "count": {"type": "integer", "minimum": 0, "maximum": 9}}
+        schema = {"type": "object", "properties": fields, "required": [*fields], "additionalProperties": False}
+        ids = bench.prompt("A colour and a count, as JSON:")
+        for version, temperature in (("base", 0.0), ("vx", 1.0)):
+            sampling = Sampling(temperature, max_tokens=60, seed=1)
+            request = GenerateRequest(ids, version, sampling, json_schema=schema)
+            new, logprobs, reason = await collect(bench.engine, request)
+            assert reason == "eos"
+            told = json.loads(bench.tokenizer.decode(new, skip_special_tokens=True))
+            assert told["colour"] in colour["enum"]
+            assert told["count"] in range(10)
+        assert len(logprobs) == len(new)
 
     async def test_the_likeliest_tokens_come_with_each(self, bench):
         request = GenerateRequest(bench.prompt("Hi"), "base", Sampling(0.0, max_tokens=6), (), 5)

@@ -38,6 +38,8 @@ class ScriptedEngine:
         self.aborted = 0
         self.chunks = 0
         self.requests: list[GenerateRequest] = []
+        self.weights: str | None = None
+        self.can_swap = True
 
     @property
     def context_length(self) -> int:
@@ -72,6 +74,12 @@ class ScriptedEngine:
 
     async def load(self, version: str, path: Path | None) -> None:
         self._loaded.append(version)
+
+    async def swap(self, version: str | None, path: Path | None) -> None:
+        if version and not self.can_swap:
+            raise EngineError("this engine can't")
+        self.weights = version
+        self._loaded = [version] if version else []
 
     async def unload(self, version: str) -> None:
         self._loaded.remove(version)

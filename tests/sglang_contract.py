@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from llguidance import LLMatcher
+from llguidance.hf import from_tokenizer
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -30,9 +32,11 @@ class RecordedSGLang(RecordedServer):
     maker: str = "sglang"
     seeded: bool = True
     original_logprobs: bool = True
+    grammars: bool = True
     incremental: bool = False
     weight_version: str = "default"
-    refuse_updates: bool = False
+    refuse_updates: bool | str = False  # all but the first weights', or those of one folder
+    loads: list[str] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -68,6 +72,7 @@ class RecordedSGLang(RecordedServer):
             try:
                 self._attach(name, path)
                 self.adapters[name] = path
+                self.loads.append(name)
             except Exception as error:
                 problem = str(error)
         return self._lora_answer(problem)
@@ -87,7 +92,7 @@ class RecordedSGLang(RecordedServer):
     async def update(self, request: Request) -> Response:
         body = await request.json()
         try:
-            if self.refuse_updates and body["model_path"] != self.first_path:
+            if self.refuse_updates in (True, body["model_path"]) and body["model_path"] != self.first_path:
                 raise OSError("no space left on the device")
             self._load(body["model_path"])
         except Exception as error:
@@ -142,6 +147,8 @@ class RecordedSGLang(RecordedServer):
                 f"Got LoRA adapter that has never been loaded: {body['lora_path']}\n"
                 f"All loaded adapters: {list(self.adapters)}."
             )
+        if sampling.get("json_schema") and not self.grammars:
+            return "Grammar-based generation (json_schema, regex, ebnf, structural_tag) is not supported"
         if sampling.get("temperature", 1.0) < 0:
             return f"temperature must be a non-negative finite number, got {sampling['temperature']}."
         return ""
@@ -159,6 +166,7 @@ class RecordedSGLang(RecordedServer):
         tops: list[Any] = []
         spans: list[dict[str, Any]] = []
         reason: dict[str, Any] | None = None
+        grammar = self._grammar(sampling["json_schema"]) if sampling.get("json_schema") else None
         self.running += 1
         try:
             while reason is None:
@@ -170,7 +178,12 @@ class RecordedSGLang(RecordedServer):
                 logits = self.logits(body["input_ids"] + drawn, body.get("lora_path"))
                 warm = logits if self.original_logprobs or not temperature else logits / temperature
                 logprobs = warm.log_softmax(-1)
+                if grammar is not None:
+                    allowed = torch.frombuffer(bytearray(grammar.compute_logit_bias()), dtype=torch.uint8) > 0
+                    logits = logits.masked_fill(~allowed, -torch.inf)
                 token = self._draw(logits, temperature, sampling.get("top_p", 1.0), generator)
+                if grammar is not None:
+                    grammar.consume_token(token)
                 drawn.append(token)
                 self.generated += 1
                 entries.append([float(logprobs[token]), token, None])
@@ -215,6 +228,11 @@ class RecordedSGLang(RecordedServer):
                 }
         finally:
             self.running -= 1
+
+    def _grammar(self, schema: str) -> LLMatcher:
+        tokenizer = from_tokenizer(self.tokenizer, self.base.config.vocab_size)
+        spacing = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
+        return LLMatcher(tokenizer, LLMatcher.grammar_from_json_schema(schema, spacing))
 
     def app(self) -> Starlette:
         guarded = {name: Route(f"/{name}", self._guard(handler), methods=["POST"]) for name, handler in zip(

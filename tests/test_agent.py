@@ -45,6 +45,16 @@ async def run(agent, messages=ASK, **options):
         return [event async for event in events]
 
 
+async def test_an_agent_may_read_less_than_its_engine_does(make):
+    agent = make(in_turn(ANSWER), Limits(context=400), context=2048)
+    length = len(agent.render(ASK))
+    await run(agent, sampling=Sampling(max_tokens=1000))
+    assert agent.engine.requests[0].sampling.max_tokens == 400 - length
+    with pytest.raises(PromptTooLong, match="at most 336"):
+        agent.render([{"role": "user", "content": "word " * 400}])
+    assert make(in_turn(), Limits(context=4096), context=2048).context == 2048
+
+
 async def test_a_tool_runs_and_the_answer_is_read_from_it(make):
     events = await run(make(in_turn(CODE, ANSWER)))
     kinds = [type(e) for e in events if not isinstance(e, Thinking | AnswerText)]

@@ -17,7 +17,7 @@ from typer.main import get_command
 
 from app.cli import app
 from app.settings import Settings
-from serving.engines.sglang_server import ServerConfig
+from serving.engines.sglang_server import SGLangConfig
 from serving.model import BASE_ID
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
@@ -120,7 +120,7 @@ def test_everybody_reads_the_model_and_the_versions_by_one_path(compose: dict[st
 
 
 def test_sglang_is_started_as_whetstone_would_start_it(compose: dict[str, Any]) -> None:
-    config = ServerConfig("/model", Path("log"))
+    config = SGLangConfig("/model", Path("log"))
     ours = [word for word in config.command(1, Path("keys")) if word.startswith("--")]
     for arguments in (compose["services"]["sglang"]["command"], pods()["sglang"]["spec"]["containers"][0]["args"]):
         given = {word.partition("=")[0] for word in arguments if word.startswith("--")}

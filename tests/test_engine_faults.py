@@ -25,7 +25,8 @@ from app.server import bind, uvicorn_config
 from app.service import Service
 from app.settings import Settings
 from tests.fakes import until
-from tests.sglang_contract import RecordedSGLang, served
+from tests.recorded_server import served
+from tests.sglang_contract import RecordedSGLang
 from tests.tiny_model import save_tiny_model
 
 SILENCE_S = 2.0

@@ -151,7 +151,7 @@ def test_what_cant_be_measured_is_told_before_a_model_is_loaded(tmp_path, monkey
 
 def test_the_command_measures_two_versions_on_a_file(tmp_path, monkeypatch, base: BaseModel):
     """The real command around a scripted engine: table, JSON and page of one evaluation."""
-    from contextlib import AsyncExitStack
+    from contextlib import asynccontextmanager
 
     from feedback_store import Store
     from serving.versions import install_shipped
@@ -167,16 +167,19 @@ def test_the_command_measures_two_versions_on_a_file(tmp_path, monkeypatch, base
         """v1 knows them all; v0 the even ones."""
 
         async def generate(self, request):
-            self.script = policy if request.version == "v1" else lambda context: policy(context).replace("1</", "7</")
+            self.script = (
+                policy if request.version.endswith("v1") else lambda context: policy(context).replace("1</", "7</")
+            )
             async for chunk in super().generate(request):
                 yield chunk
 
-    async def scripted(settings: object, store: object, progress: object, stack: AsyncExitStack):
+    @asynccontextmanager
+    async def scripted(slots: int, context: int):
         engine = Two(base.tokenizer, policy)
         engine._loaded.clear()
-        return engine, base
+        yield engine, base
 
-    monkeypatch.setattr("app.engines.open_engine", scripted)
+    monkeypatch.setattr("app.engines.opener", lambda *_: scripted)
     mine = tmp_path / "mine.jsonl"
     mine.write_text("".join(json.dumps({"question": t.question, "answer": t.gold, "verifier": "numeric"}) + "\n"
                             for t in TASKS))  # fmt: skip

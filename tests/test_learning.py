@@ -14,6 +14,7 @@ from serving.agent import Agent, Limits
 from serving.dialects.tapo import TapoDialect
 from serving.engines.base import Sampling
 from serving.engines.llamacpp import LlamaCppEngine
+from serving.engines.opening import embedded
 from serving.trajectory import Done
 from serving.versions import VersionRouter
 from tests.databases import edit
@@ -82,7 +83,7 @@ async def test_a_run_learns_and_the_running_server_serves_what_it_learnt(home, t
             await asyncio.sleep(0.3)
 
     client = asyncio.create_task(keep_asking())
-    result = await asyncio.to_thread(run_once, path, store, tiny, tools, options())
+    result = await asyncio.to_thread(run_once, path, store, embedded(tiny), tools, options())
     overall = result.report["gate"]["rows"][0]
     print(f"\naccuracy {overall['before']:.0%} to {overall['after']:.0%}, p = {overall['p']:.2g}")
     assert result.status == "promoted", result.reasons
@@ -118,7 +119,7 @@ def test_a_run_without_enough_tasks_ends_politely_and_gives_them_back(home, tiny
     store.complete(earlier, [task.id for task in store.claim(earlier, len(TRAIN) - 2)])
     store.finish_run(earlier, "ended", {})
     few = RunOptions(make_recipe(RECIPE), HELDOUT)
-    result = run_once(path, store, tiny, tools, few)
+    result = run_once(path, store, embedded(tiny), tools, few)
     assert result.status == "ended"
     assert "too few" in result.reasons[0]
     assert store.queue_stats()["pending"] == 3
@@ -127,13 +128,13 @@ def test_a_run_without_enough_tasks_ends_politely_and_gives_them_back(home, tiny
 
 def test_an_empty_registry_is_refused(tmp_path, tiny, tools):
     with Store.open(tmp_path / "whetstone.db") as store, pytest.raises(RunRefused, match="whetstone up"):
-        run_once(tmp_path, store, tiny, tools, options())
+        run_once(tmp_path, store, embedded(tiny), tools, options())
 
 
 def test_only_one_run_at_a_time(home, tiny, tools):
     path, store = home
     with _only_run(path, store), pytest.raises(RunRefused, match="under way"):
-        run_once(path, store, tiny, tools, options())
+        run_once(path, store, embedded(tiny), tools, options())
 
 
 def test_only_one_run_at_a_time_on_one_server(place, tmp_path, tiny, tools):
@@ -146,9 +147,9 @@ def test_only_one_run_at_a_time_on_one_server(place, tmp_path, tiny, tools):
             store.beat()
             edit(place, "UPDATE processes SET host = 'elsewhere/1'")
             with pytest.raises(RunRefused, match=f"trains on the store|{run_id} is under way .* on elsewhere"):
-                run_once(tmp_path / "two", elsewhere, tiny, tools, options())
+                run_once(tmp_path / "two", elsewhere, embedded(tiny), tools, options())
         with pytest.raises(RunRefused, match=f"{run_id} is under way .* on elsewhere"):
-            run_once(tmp_path / "two", elsewhere, tiny, tools, options())
+            run_once(tmp_path / "two", elsewhere, embedded(tiny), tools, options())
         elsewhere.close()
 
 
@@ -161,7 +162,7 @@ def test_a_failed_run_goes_on_where_it_was(home, tiny, tools, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_once(path, store, tiny, tools, options(max_steps=4), stop_at_three)
+        run_once(path, store, embedded(tiny), tools, options(max_steps=4), stop_at_three)
     assert store.current_version() == "v0"
     assert store.queue_stats()["claimed"] == len(TRAIN) + 1
 
@@ -171,9 +172,9 @@ def test_a_failed_run_goes_on_where_it_was(home, tiny, tools, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr("online_rl.loop.write_report", no_space)
         with pytest.raises(OSError, match="No space"):
-            run_once(path, store, tiny, tools, options(max_steps=4))
+            run_once(path, store, embedded(tiny), tools, options(max_steps=4))
 
-    result = run_once(path, store, tiny, tools, options(max_steps=4))
+    result = run_once(path, store, embedded(tiny), tools, options(max_steps=4))
     assert [run.id for run in store.runs()] == [result.run_id]
     assert result.status in ("promoted", "refused")
     rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]

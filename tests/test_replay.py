@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import sqlite3
-from contextlib import aclosing, closing
+from contextlib import aclosing, asynccontextmanager, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -286,10 +286,22 @@ async def test_an_asker_that_gives_up_leaves_the_others_their_result(world):
     assert (await second).tool == "search"
 
 
+def scripted(base, engines=None):
+    """Opens an engine that others use too: it serves v0 already."""
+
+    @asynccontextmanager
+    async def opened(slots, context):
+        engine = ScriptedEngine(base.tokenizer, policy)
+        if engines is not None:
+            engines.append(engine)
+        yield engine, base
+
+    return opened
+
+
 @pytest.fixture
 def home(tmp_path, monkeypatch, base):
     """A home with a run that was trained and not yet evaluated, on a scripted engine."""
-    monkeypatch.setattr("online_rl.loop.LlamaCppEngine", lambda base, **_: ScriptedEngine(base.tokenizer, policy))
     monkeypatch.setattr("online_rl.loop.write_report", lambda *_: None)
     with Store.open(tmp_path / "whetstone.db") as store:
         store.add_version("v0", None, str(tmp_path / "v0"), {}, "published")
@@ -314,7 +326,7 @@ def test_a_resumed_evaluation_is_made_on_the_same_results(home, base, world):
             raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
-        run_once(path, store, base, world.toolbox(), options, killed)
+        run_once(path, store, scripted(base), world.toolbox(), options, killed)
     asked = list(world.asked)
     assert len({input for tool, input in asked if tool == "search"}) == 5
     assert len(asked) == 5 + 4 + 1  # a search that four tasks share and one of each, a program of each, the weather
@@ -322,7 +334,12 @@ def test_a_resumed_evaluation_is_made_on_the_same_results(home, base, world):
     with (folder / EVALUATION).open("ab") as file:
         file.write(b'{"result": "cut sho')  # what a kill leaves
 
-    result = run_once(path, store, base, world.toolbox(), options)
+    engines: list[ScriptedEngine] = []
+    result = run_once(path, store, scripted(base, engines), world.toolbox(), options)
+    names = {request.version for request in engines[0].requests}
+    assert {name.partition("-")[2] for name in names} == {"v0", "v1"}
+    assert "v0" not in names, "by names of its own"
+    assert engines[0].loaded() == ["v0"], "what it loaded is gone, what served is still there"
     assert world.asked == asked  # neither the web nor Python was needed again
     rows = json.loads((folder / "evaluated.json").read_text())
     assert [row["correct"] for row in rows["after"]] == [True] * 4
@@ -343,7 +360,7 @@ def test_a_run_gives_its_tools_the_time_that_it_is_told(home, base, world, monke
             given.append(self.limits.tool_seconds)
 
     monkeypatch.setattr("online_rl.loop.Agent", Watched)
-    run_once(path, store, base, world.toolbox(), replace(options, tool_seconds=60.0))
+    run_once(path, store, scripted(base), world.toolbox(), replace(options, tool_seconds=60.0))
     assert given == [60.0]
 
 

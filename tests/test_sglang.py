@@ -4,19 +4,26 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import shutil
+from dataclasses import replace
 
 import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from app.cli import app
 from app.runtime import running_service
 from app.service import Finished, Question
 from app.settings import Settings, SettingsError, load
-from serving.engines.base import EngineError, GenerateRequest, PromptTooLong, Sampling
+from feedback_store import Store
+from serving.engines.base import EngineError, GenerateRequest, GrammarFailed, PromptTooLong, Sampling
 from serving.engines.sglang import SGLangEngine
 from serving.engines.sglang_weights import swap_weights
+from serving.fresh import install_fresh
+from serving.model import folder_model
 from tests.engine_contract import Bench, EngineContract, collect
 from tests.recorded_server import served, tiny_versions
 from tests.replica_contract import PATIENCE, ReplicaContract, ask, clusters, until
@@ -203,6 +210,12 @@ async def test_a_stop_string_may_hold_a_line_break_that_only_unicode_has(cluster
     assert reason == "eos"
 
 
+async def test_a_server_without_grammars_refuses_a_schema_as_one(cluster):
+    engine, _ = await cluster(grammars=False)
+    with pytest.raises(GrammarFailed, match="json_schema"):
+        await collect(engine, replace(ask(), json_schema={"type": "integer"}))
+
+
 async def test_the_servers_own_limit_is_a_prompt_too_long(cluster):
     engine, [server] = await cluster()
     server._problem = lambda _: "The input (9 tokens) is longer than the model's context length (8 tokens)."
@@ -233,6 +246,36 @@ async def test_the_settings_attach_it_and_a_model_without_versions_gets_its_firs
             bare = server.logits([70, 71], None)
             assert torch.allclose(server.logits([70, 71], version), bare)  # a fresh adapter changes nothing yet
         assert (await httpx.AsyncClient().get(f"{url}/health")).status_code == 200  # it is somebody else's server
+
+
+def test_an_evaluation_is_made_on_the_servers_beside_what_serves_there(home, tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    shutil.copytree(home / "base", model)
+    config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 4096}
+    (model / "config.json").write_text(json.dumps(config))
+    base = folder_model(model)
+    with Store.open(tmp_path / "home" / "whetstone.db") as store:
+        install_fresh(store, tmp_path / "home", base, 8)
+        version = store.current_version()
+        folder = store.version(version).path
+    server = RecordedSGLang(model, adapters={version: folder})  # as another process has loaded it, which serves
+    drawn, draw = [], server._draw
+
+    def few(*of):  # then the end of the turn
+        drawn.append(draw(*of))
+        return drawn[-1] if len(drawn) % 12 else 2
+
+    server._draw = few
+    with served(server.app()) as url:
+        chosen = {"HOME": tmp_path / "home", "ENGINE": "sglang", "ENGINE_URLS": url, "ENGINE_ADMIN_KEY": "secret"}
+        for name, value in (chosen | {"TRAINING_TOOLS": "code", "MAX_TURNS": 0}).items():
+            monkeypatch.setenv(f"WHETSTONE_{name}", str(value))
+        result = CliRunner().invoke(app, ["eval", "--items", "2", "--kind", "arithmetic", "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["version"] == version
+    assert len(drawn) == 24
+    assert server.loads == [f"eval-{os.getpid()}-{version}"]
+    assert server.adapters == {version: folder}, "what serves is still there"
 
 
 def test_settings_of_an_engine_fit_together():

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from feedback_store import Canary, InvalidRecord, NotFound, Store
+from feedback_store import Canary, InService, InvalidRecord, NotFound, Store
 
 ASK = [{"role": "user", "content": "?"}]
 IDLE = 1800.0
@@ -154,3 +154,27 @@ def test_a_canary_is_a_published_version(store: Store) -> None:
         store.set_canary("v9", 0.1, "no")
     with pytest.raises(InvalidRecord, match="when it ends"):
         store.set_canary("v2", 0.1, "no", move_conversations=True)
+
+
+def test_full_weights_take_everybody_and_end_a_trial(store: Store) -> None:
+    store.add_version("w1", "v0", "w1", {"kind": "weights"}, "published")
+    conversation = store.create_conversation("ada")
+    store.begin_turn(conversation, ASK, "v1", [1], stays=True)
+    store.set_canary("v2", 0.5, "try it")
+    with pytest.raises(InvalidRecord, match="'w1' is full weights"):
+        store.set_canary("w1", 0.5, "try it")
+    assert store.set_current("w1", "better") == 1
+    assert store.in_service(conversation, "ada", IDLE) == InService("w1", None, None)
+    with pytest.raises(InvalidRecord, match="'w1' is full weights"):
+        store.set_canary("v2", 0.5, "beside it")
+    store.begin_turn(conversation, ASK, "w1", [1], stays=True)
+    assert store.set_current("v1", "back") == 1, "and back"
+
+
+def test_a_finished_runs_journal_takes_notes(store: Store) -> None:
+    run = store.start_run("test", {})
+    store.finish_run(run, "promoted", {})
+    store.add_note(run, "swap failed", {"why": "no space"})
+    assert store.run(run).stages[-1].detail == {"why": "no space"}
+    with pytest.raises(NotFound):
+        store.add_note("run_x", "swap failed", {})

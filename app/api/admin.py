@@ -127,6 +127,7 @@ def _version(version: Version, current: str | None, taint: Taint | None) -> dict
         "object": "whetstone.version",
         "parent": version.parent,
         "run": version.run_id,
+        "kind": version.manifest.get("kind", "lora"),
         "status": version.status,
         "current": version.id == current,
         "tainted": taint and {"since": taint.since, "tasks": taint.tasks, "runs": taint.runs},

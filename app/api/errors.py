@@ -15,7 +15,7 @@ from app.service import Overloaded, ToolClash
 from feedback_store import NotFound, StoreError
 from online_rl.verifiers import BadGold, UnknownVerifier
 from serving.agent import ToolsTooLong
-from serving.engines.base import EngineError, GrammarFailed, PromptTooLong, UnknownVersion
+from serving.engines.base import EngineError, GrammarFailed, PromptTooLong, UnknownVersion, WeightsRefused
 from serving.manifest import CorruptVersion
 from tools.workspace import BadName, FileMissing, WorkspaceError, WorkspaceFull
 
@@ -71,6 +71,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error), "context_length_exceeded", "messages")
         case GrammarFailed():
             return ApiError(400, str(error), "schema_not_enforced", "response_format")
+        case WeightsRefused():
+            return ApiError(409, str(error), "weights_not_in_service", "model")
         case UnknownVersion():
             return ApiError(404, str(error), "model_not_found", "model")
         case UnknownVerifier():

@@ -188,6 +188,7 @@ def summary(finished: Finished) -> dict[str, Any]:
     conversation_id = finished.started.conversation_id
     return {
         "stop_reason": trajectory.stop_reason,
+        "versions": [*trajectory.drawn_by],
         "tool_tokens": len(trajectory.mask) - trajectory.own_tokens,
         "steps": [step_summary(step) for step in trajectory.steps],
         "outcome": outcome_summary(outcome) if outcome else None,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from serving.engines.base import Sampling
     from tools.toolbox import Toolbox
 
-SLOTS, CONTEXT = 16, 1536  # of the embedded engine while it measures: many answers at once, none of them long
+SLOTS, CONTEXT = 16, 1536  # while it measures: many answers at once, none of them long
 
 
 def evaluate(
@@ -108,19 +108,18 @@ class _Job:
         self, seen: ResultRecord | None, tools_off: bool, listen: Callable[[str, int, int, str], None]
     ) -> dict[str, list[Item]]:
         """By version, every item. Both versions share the tool results: the second sees what the first saw."""
-        from contextlib import AsyncExitStack
-
-        from app.engines import open_engine
+        from app.engines import opener
         from app.tools import tool_seconds
         from online_rl.evaluation import Recorded
         from online_rl.measures import bare_agent, measure
         from serving.agent import Agent, Limits
         from serving.dialects import make_dialect
 
-        many = self.settings.model_copy(update={"slots": SLOTS, "context": CONTEXT})
-        async with AsyncExitStack() as stack:
-            engine, base = await open_engine(many, self.store, lambda stage: listen(stage, 0, 0, ""), stack)
-            limits = Limits(self.settings.max_turns, self.settings.observation_tokens, tool_seconds(self.settings))
+        opened = opener(self.settings, self.store, lambda stage: listen("prepare", 0, 0, stage), "evaluation")
+        async with opened(SLOTS, CONTEXT) as (engine, base):
+            limits = Limits(
+                self.settings.max_turns, self.settings.observation_tokens, tool_seconds(self.settings), context=CONTEXT
+            )
             dialect = make_dialect(self.settings.dialect, base.tokenizer)
             agent = Agent(engine, dialect, self.toolbox, limits)
             bare = bare_agent(engine, dialect, limits) if tools_off else None
@@ -129,15 +128,18 @@ class _Job:
             call = Recorded(agent.run_tool, seen, "live" if seen is None else "recorded")
             measured: dict[str, list[Item]] = {}
             for version, path in self.versions.items():
-                await engine.load(version, path)
+                served = f"eval-{os.getpid()}-{version}"  # a server that others use too may hold it by its own name
+                await engine.load(served, path)
 
                 def told(done: int, of: int, version: str = version) -> None:
                     listen("evaluate", done, of, version)
 
-                measured[version] = await measure(
-                    self.tasks, agent, version, self.sampling, self.k, call, bare, SLOTS, told
-                )
-                await engine.unload(version)
+                try:
+                    measured[version] = await measure(
+                        self.tasks, agent, served, self.sampling, self.k, call, bare, SLOTS, told
+                    )
+                finally:
+                    await engine.unload(served)
             if call.misses:
                 console.err.print(f"{call.misses} tool calls had no recorded result: the model was told so.")
             return measured

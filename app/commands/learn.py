@@ -55,6 +55,8 @@ def train(
         raise console.fail(str(error)) from None
     settings = console.settings()
     _be_nice()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from app.engines import opener
     from app.record import guards, open_store
     from app.redaction import redactor
     from app.tools import open_toolbox, tool_seconds
@@ -80,12 +82,12 @@ def train(
             redact=redactor() if settings.redact_training else None,
         )  # fmt: skip
         with bars() as listen, open_store(settings) as store:
-            base = _base(settings, listen)
             install_shipped(store, settings.home)
+            engine = opener(settings, store, lambda stage: listen("prepare", 0, 0, stage), "training")
             # What the bundled corpus knows, it answers: practice is judged by it. The web is asked for the rest.
             backends = tuple(sorted(settings.search_backends, key=lambda name: name != "local"))
             with open_toolbox(settings, backends, only=settings.training_tools) as toolbox:
-                result = run_once(settings.home, store, base, toolbox, options, listen)
+                result = run_once(settings.home, store, engine, toolbox, options, listen)
     except KeyboardInterrupt:
         console.err.print("Interrupted. Nothing is lost: the same command goes on where it was.")
         raise typer.Exit(130) from None

@@ -8,7 +8,7 @@ from typing import Any
 
 from app.commands import console
 
-_LABELS = {"rollouts": "  rollouts", "train": "training", "evaluate": "evaluating"}
+_LABELS = {"prepare": "preparing", "rollouts": "  rollouts", "train": "training", "evaluate": "evaluating"}
 
 
 @contextmanager

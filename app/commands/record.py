@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from app.commands import console
+from app.commands import console, publish
 from app.commands.console import AsJson
 
 if TYPE_CHECKING:
     from feedback_store import Store
 
 versions = typer.Typer(help="The versions of the policy, and which one serves.", invoke_without_command=True)
+versions.command("add")(publish.add)
 AVersion = Annotated[str, typer.Argument(help="A published version's id.")]
 Reason = Annotated[str, typer.Option(help="Kept in the record.")]
 
@@ -33,11 +34,12 @@ def list_versions(context: typer.Context, as_json: AsJson = False) -> None:
         return
     share = {current: "●"} | ({canary.version: f"{canary.share:.1%}"} if canary else {})
     rows = [
-        (share.get(v.id, ""), v.id, talking.get(v.id, 0), v.parent, f"{v.status}{', tainted' * (v.id in tainted)}",
+        (share.get(v.id, ""), v.id, talking.get(v.id, 0), v.parent, v.manifest.get("kind", "lora"),
+         f"{v.status}{', tainted' * (v.id in tainted)}",
          v.created_at, v.run_id)
         for v in known
     ]  # fmt: skip
-    columns = ("serves", "version", "conversations", "parent", "status", "made", "by run")
+    columns = ("serves", "version", "conversations", "parent", "kind", "status", "made", "by run")
     console.table("Versions", columns, rows, "No versions yet: `whetstone up` installs the first.")
 
 
@@ -64,9 +66,14 @@ def _check(store: Store, version: str) -> None:
     if found.status != "published":
         return  # the store says so
     try:
-        read_version(Path(found.path))
+        kind = read_version(Path(found.path)).kind
     except CorruptVersion as error:
         raise console.fail(str(error)) from None
+    if kind == "weights" and console.settings().engine == "embedded":
+        raise console.fail(
+            f"{version!r} is full weights, which the embedded engine can't change while it serves: set "
+            "engine = sglang first."
+        )
 
 
 @versions.command("promote")

@@ -106,7 +106,7 @@ def _stamp(finished: Finished) -> str:
     trajectory = finished.trajectory
     calls = trajectory.tool_calls
     seconds = sum(step.seconds for step in trajectory.steps)
-    parts = [finished.started.version, f"{seconds:.1f} s"]
+    parts = [", then ".join(finished.trajectory.drawn_by), f"{seconds:.1f} s"]
     if calls:
         parts.insert(1, f"{calls} tool call{'s' if calls > 1 else ''}")
     return " · ".join(parts)

@@ -26,6 +26,10 @@ class PromptTooLong(EngineError):
     """The prompt, or the prompt and the tokens asked for, exceed the context."""
 
 
+class WeightsRefused(EngineError):
+    """The engine can't serve a version because of the weights that it needs, or that are in service."""
+
+
 class GrammarFailed(EngineError):
     """The engine can't hold what it draws to a JSON schema, or didn't."""
 
@@ -60,6 +64,7 @@ class GenerateRequest:
 class TokenChunk:
     """New tokens with one natural logprob each. The last chunk of a request has a `finish_reason`.
 
+    `version`: of the weights that drew them; where full weights were changed under a request, not the one it asked for.
     What the policy drew is all there, exactly: the tokens that complete a stop string, and the end-of-turn token
     (`finish_reason` "eos"), which learning must see too. `top_logprobs`, where they were asked for, has for each token
     the likeliest ones (id, logprob), the likeliest first.
@@ -78,6 +83,16 @@ class Engine(Protocol):
     @property
     def context_length(self) -> int: ...
 
+    @property
+    def can_swap(self) -> bool:
+        """Whether it can put full weights in place while it serves."""
+        ...
+
+    @property
+    def weights(self) -> str | None:
+        """The full-weight version that is in place of the base model's own weights, if one is."""
+        ...
+
     def generate(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]: ...
 
     async def load(self, version: str, path: Path | None) -> None:
@@ -86,6 +101,16 @@ class Engine(Protocol):
 
     async def unload(self, version: str) -> None:
         """Forget a version; its requests in flight end first."""
+        ...
+
+    async def swap(self, version: str | None, path: Path | None) -> None:
+        """Put full weights, a transformers folder, in place of those that are there; by None the base model's own.
+
+        No adapter may be loaded. Only the new version is loaded afterwards, or none. Requests in flight go on under the
+        new weights, and their chunks name them; so do those that still ask by the name of a full-weight version that
+        was replaced. Raises WeightsRefused by an engine that can't, EngineError when it fails: then the old weights
+        are there as before.
+        """
         ...
 
     def loaded(self) -> list[str]: ...

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from serving.engines.base import EngineError
 from serving.engines.http_worker import Description
-from serving.tensors import Shapes, tensor_shapes
+from serving.tensors import model_shapes, tensor_shapes
 
 _LORA = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
 
@@ -49,7 +49,7 @@ def check_adapter(version: str, path: Path, server: Description, engine: str) ->
             f"Version {version!r} adapts {', '.join(sorted(foreign))}, which {engine} wasn't started for: name them in "
             "--lora-target-modules."
         )
-    model = _model_shapes(server.model_path)
+    model = model_shapes(server.model_path)
     for name, shape in shapes.items() if model else ():
         match = _LORA.fullmatch(name)
         if match is None:
@@ -66,13 +66,13 @@ def check_adapter(version: str, path: Path, server: Description, engine: str) ->
 def check_weights(version: str, path: Path, server: Description) -> str:
     """The folder as an absolute path. Raises EngineError for weights that aren't whole, or not of the served model."""
     try:
-        found = _model_shapes(str(path))
+        found = model_shapes(path)
         config = json.loads((path / "config.json").read_text())
     except (OSError, ValueError, SafetensorError) as error:
         raise EngineError(f"Version {version!r} can't be loaded: {path} holds no whole weights ({error}).") from error
     if not found:
         raise EngineError(f"Version {version!r} can't be loaded: {path} holds no safetensors.")
-    served = _model_shapes(server.model_path)
+    served = model_shapes(server.model_path)
     odd = sorted(name for name in served.keys() | found.keys() if served.get(name) != found.get(name))
     if served and odd:
         raise EngineError(
@@ -95,11 +95,3 @@ def vocabulary(model_path: str) -> int | None:
         return int(json.loads((Path(model_path) / "config.json").read_text())["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _model_shapes(path: str) -> Shapes:
-    """Of every tensor in the folder, or none where there is no such folder here."""
-    shapes = tensor_shapes(Path(path)) if Path(path).is_dir() else {}
-    if "lm_head.weight" in shapes and shapes["lm_head.weight"] == shapes.get("model.embed_tokens.weight"):
-        del shapes["lm_head.weight"]  # tied: some files hold it, some don't
-    return shapes

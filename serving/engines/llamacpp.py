@@ -19,7 +19,15 @@ from typing import Any
 import httpx
 from safetensors import SafetensorError
 
-from serving.engines.base import EngineError, FinishReason, GenerateRequest, PromptTooLong, TokenChunk, UnknownVersion
+from serving.engines.base import (
+    EngineError,
+    FinishReason,
+    GenerateRequest,
+    PromptTooLong,
+    TokenChunk,
+    UnknownVersion,
+    WeightsRefused,
+)
 from serving.engines.gguf_export import UnsupportedModel, write_adapter
 from serving.engines.users import Users
 from serving.model import BaseModel
@@ -72,6 +80,22 @@ class LlamaCppEngine:
     @property
     def context_length(self) -> int:
         return self._context
+
+    @property
+    def can_swap(self) -> bool:
+        return False
+
+    @property
+    def weights(self) -> None:
+        return None
+
+    async def swap(self, version: str | None, path: Path | None) -> None:
+        if version is None:
+            return
+        raise WeightsRefused(
+            f"Version {version!r} is full weights, which the embedded engine can't change while it serves: serve them "
+            "with engine = sglang."
+        )
 
     def loaded(self) -> list[str]:
         return list(self._served)

@@ -11,13 +11,20 @@ import asyncio
 import contextlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
-from serving.engines.base import EngineError, GenerateRequest, PromptTooLong, TokenChunk, UnknownVersion
+from serving.engines.base import (
+    EngineError,
+    GenerateRequest,
+    PromptTooLong,
+    TokenChunk,
+    UnknownVersion,
+    WeightsRefused,
+)
 from serving.engines.checks import check_adapter, vocabulary
 from serving.engines.http_worker import AdapterGone, Description, HttpWorker, Patience, Refused, WorkerFailed
 from serving.engines.users import Users
@@ -30,9 +37,12 @@ _SAME = 0.05  # nats: far over rounding, far under what a temperature of a half 
 
 @dataclass
 class Served:
-    """One version. `adapter`: its folder, None for the base weights."""
+    """One version. `adapter`: its folder, None for the weights themselves, whose label, where workers report one, is
+    `label`."""
 
+    version: str
     adapter: Path | None
+    label: str = ""
     users: Users = field(default_factory=Users)
 
 
@@ -65,6 +75,7 @@ class Replicas(ABC, Generic[W, D]):
         self._vocabulary: int | None = None  # an id from it on kills a server
         self.versions: dict[str, Served] = {}
         self.description: D | None = None
+        self.known_weights: frozenset[str] = frozenset()
         self.changing = asyncio.Lock()  # one change of versions at a time
         self._keepers: list[asyncio.Task[None]] = []
 
@@ -78,7 +89,7 @@ class Replicas(ABC, Generic[W, D]):
 
     def serve(self, version: str, path: Path | None) -> Served:
         """A version that is about to be loaded. Raises EngineError when it can't be, as things are."""
-        return Served(path)
+        return Served(version, path)
 
     def serving(self, version: str) -> Served:
         served = self.versions.get(version)
@@ -89,6 +100,21 @@ class Replicas(ABC, Generic[W, D]):
     @property
     def context_length(self) -> int:
         return self.described.context
+
+    @property
+    def can_swap(self) -> bool:
+        return False
+
+    @property
+    def weights(self) -> str | None:
+        return None
+
+    async def swap(self, version: str | None, path: Path | None) -> None:
+        if version is not None:
+            raise WeightsRefused(
+                f"Version {version!r} is full weights, which {self.name} can't change while it serves: serve them with "
+                "engine = sglang."
+            )
 
     @property
     def described(self) -> D:
@@ -106,8 +132,12 @@ class Replicas(ABC, Generic[W, D]):
     def loaded(self) -> list[str]:
         return list(self.versions)
 
-    async def start(self) -> None:
-        """Meet the workers. Raises EngineError when none can be used; those that can't are drained and tried again."""
+    async def start(self, weights: Collection[str] = ()) -> None:
+        """Meet the workers. `weights`: the full-weight versions that there are, one of which may be in place already.
+
+        Raises EngineError when none can be used; those that can't are drained and tried again.
+        """
+        self.known_weights = frozenset(weights)
         await asyncio.gather(*map(self._bring_up, self.workers))
         self.healthy()
         if self._router is not None:
@@ -267,11 +297,10 @@ class Replicas(ABC, Generic[W, D]):
             await worker.look()
             described = await self.describe(worker)
             if self.description is None:
-                self.description = described
-                if self._vocabulary is None:
-                    self._vocabulary = vocabulary(described.model_path)
+                self.description = self.meet(described)
+                self._vocabulary = vocabulary(self.description.model_path)
             self.compare(worker, described)
-            await self._check_logprobs(worker)
+            self.probed(worker, described, await self._check_logprobs(worker))
             there = await worker.adapters()
             wanted = {v: str(s.adapter.absolute()) for v, s in self.versions.items() if s.adapter is not None}
             for version in there.keys() & wanted.keys():
@@ -285,6 +314,13 @@ class Replicas(ABC, Generic[W, D]):
         else:
             worker.problem, worker.missed = "", 0
 
+    def meet(self, described: D) -> D:
+        """What the first worker says, as replicas are to be compared with it."""
+        return described
+
+    def probed(self, worker: W, described: D, probe: list[float]) -> None:
+        """What a worker that can be used said to the probe prompt."""
+
     def compare(self, worker: W, described: D) -> None:
         """Raises Refused for a replica that isn't like the first."""
         first = self.described
@@ -294,14 +330,16 @@ class Replicas(ABC, Generic[W, D]):
                 f"another worker {first.model_path} with {first.context}: replicas must be alike."
             )
 
-    async def _check_logprobs(self, worker: W) -> None:
-        """Whether its logprobs are the policy's own, before temperature: that depends on how it was started."""
+    async def _check_logprobs(self, worker: W) -> list[float]:
+        """Whether its logprobs are the policy's own, before temperature: that depends on how it was started. Those of
+        the probe prompt."""
         cool, warm = await worker.probe(0.5), await worker.probe(1.0)
         if any(abs(a - b) > _SAME * max(1.0, abs(b)) for a, b in zip(cool, warm, strict=True)):
             raise Refused(
                 f"{self.name} at {worker.url} gives logprobs after temperature, which training can't use: start it "
                 f"with {self.raw_logprobs}."
             )
+        return warm
 
 
 async def _on_each(workers: Sequence[W], act: Callable[[W], Awaitable[None]]) -> dict[W, EngineError]:

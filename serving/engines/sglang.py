@@ -1,6 +1,6 @@
 """SGLang behind the seam: one server, or several replicas that all hold the same versions.
 
-A version is a LoRA adapter that every worker has loaded, or the bare base; `sglang_weights.py` changes the base itself.
+A version is a LoRA adapter that every worker has loaded, or full weights: `sglang_weights.py` changes those.
 Written against SGLang 0.5.23; docs/engines.md tells how it must be started.
 """
 
@@ -10,14 +10,23 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from serving.engines.base import EngineError, GenerateRequest, GrammarFailed, TokenChunk
-from serving.engines.http_worker import WorkerFailed
+from serving.engines.base import EngineError, GenerateRequest, TokenChunk, WeightsRefused
+from serving.engines.http_worker import Refused, WorkerFailed
 from serving.engines.replicas import Replicas, Served
+from serving.engines.sglang_events import chunk_of, generate_body
 from serving.engines.sglang_worker import SGLangDescription, Worker
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What lies under all adapters: the label that workers report, and their folder."""
+
+    label: str
+    path: str
 
 
 class SGLangEngine(Replicas[Worker, SGLangDescription]):
@@ -26,70 +35,82 @@ class SGLangEngine(Replicas[Worker, SGLangDescription]):
     name: ClassVar[str] = "SGLang"
     raw_logprobs: ClassVar[str] = "SGLANG_RETURN_ORIGINAL_LOGPROB=1 in its environment"
     make_worker = Worker
-    weights: tuple[str, str] | None = None  # version and folder of full weights that were swapped in
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.in_place: Weights | None = None  # full weights instead of the model's own
         self.replaced: set[str] = set()  # versions whose weights are gone: answers under way go on with the new ones
+        self.own: Weights | None = None  # the model's own
+        self.probes: dict[Weights, list[float]] = {}  # what each set of weights said to the probe prompt
         self._aborts: set[asyncio.Task[None]] = set()
+
+    @property
+    def can_swap(self) -> bool:
+        return True
+
+    @property
+    def weights(self) -> str | None:
+        return None if self.in_place is None else self.in_place.label
+
+    @property
+    def label(self) -> str:
+        """What every worker should report."""
+        return (self.in_place or self.base).label
+
+    @property
+    def base(self) -> Weights:
+        if self.own is None:
+            raise EngineError("The SGLang engine hasn't been started.")
+        return self.own
 
     async def close(self) -> None:
         await asyncio.gather(*self._aborts, return_exceptions=True)
         await super().close()
 
+    async def swap(self, version: str | None, path: Path | None) -> None:
+        from serving.engines.sglang_weights import swap_weights
+
+        await swap_weights(self, version, path)
+
     def serve(self, version: str, path: Path | None) -> Served:
-        if path is None and self.weights is not None:
-            raise EngineError(f"Version {version!r} is the bare base, which {self.weights[0]!r} has replaced.")
-        return super().serve(version, path)
+        if path is None and self.in_place is not None:
+            raise WeightsRefused(f"Version {version!r} is the bare base, which {self.weights!r} has replaced.")
+        return Served(version, path, self.label)
 
     def serving(self, version: str) -> Served:
         if version in self.replaced and version not in self.versions and self.weights is not None:
-            version = self.weights[0]
+            version = self.weights
         return super().serving(version)
 
-    def check(self, request: GenerateRequest) -> None:
-        super().check(request)
-        if request.json_schema is not None:
-            raise GrammarFailed(
-                "JSON schemas (response_format, a tool_choice that forces a call) need the embedded engine."
-            )
-
     async def draw(self, worker: Worker, request: GenerateRequest, served: Served) -> AsyncGenerator[TokenChunk, None]:
-        sampling, rid = request.sampling, uuid.uuid4().hex
-        body: dict[str, Any] = {
-            "rid": rid, "input_ids": request.token_ids, "stream": True, "return_logprob": True,
-            "sampling_params": {
-                "max_new_tokens": min(sampling.max_tokens, self.described.context - len(request.token_ids)),
-                "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": -1, "min_p": 0.0,
-                "stop": list(request.stop), "skip_special_tokens": False,
-            },
-        }  # fmt: skip
-        if sampling.seed is not None:
-            body["sampling_params"]["sampling_seed"] = sampling.seed
-        if request.top_logprobs:
-            body["top_logprobs_num"] = request.top_logprobs
-        if served.adapter is not None:
-            body["lora_path"] = request.version
+        rid = uuid.uuid4().hex
+        body = generate_body(request, rid, self.described.context, lora=served.adapter is not None)
         seen, done, label = 0, False, worker.label
         try:
             async with aclosing(worker.generate(body)) as events:
                 async for event in events:
-                    chunk = _chunk(event, seen, worker)
+                    chunk = chunk_of(event, seen, worker)
                     if not seen:
                         self._check_label(worker, chunk.version, label)
                     seen += len(chunk.token_ids)
-                    swapped = self.weights is not None and chunk.version == self.weights[0]
-                    version = chunk.version if swapped and served.adapter is None else request.version
+                    same = chunk.version == served.label
+                    if served.adapter is not None and not same:
+                        raise WorkerFailed(
+                            f"SGLang at {worker.url} answers with weights {chunk.version!r} under the adapter "
+                            f"{request.version!r}, which was loaded over {served.label!r}."
+                        )
                     done = chunk.finish_reason is not None
-                    yield replace(chunk, version=version)
+                    yield replace(chunk, version=served.version if same else chunk.version)
         finally:
             if not done:
                 self._abort(worker, rid)
 
     def _check_label(self, worker: Worker, label: str, at_start: str) -> None:
-        """A worker that was started anew answers with its first weights, under another label."""
+        """A worker that was started anew answers with the model's own weights. Other full weights than ours were put
+        there by another process, which this one will follow: the answer names them."""
         behind = self.workers if worker is self._router else [worker]
-        if label not in {at_start, *(w.label for w in behind)} and not any(w.paused for w in behind):
+        known = {at_start, *(w.label for w in behind)}
+        if label == self.base.label and label not in known and not any(w.paused for w in behind):
             raise WorkerFailed(f"SGLang at {worker.url} answers with weights {label!r}, not {behind[0].label!r}.")
 
     def _abort(self, worker: Worker, rid: str) -> None:
@@ -101,45 +122,30 @@ class SGLangEngine(Replicas[Worker, SGLangDescription]):
 
     async def describe(self, worker: Worker) -> SGLangDescription:
         described = await worker.describe()
-        if self.weights is not None and described.weight_version != self.weights[0]:
-            await worker.update_weights(self.weights[1], self.weights[0])
+        if self.in_place is not None and described.weight_version == self.base.label:  # it was started anew
+            await worker.update_weights(self.in_place.path, self.in_place.label)
             described = await worker.describe()
-        worker.label = described.weight_version
         return described
 
+    def meet(self, described: SGLangDescription) -> SGLangDescription:
+        """Full weights may be in place from an earlier Whetstone."""
+        served = Weights(described.weight_version, described.model_path)
+        if served.label in self.known_weights:
+            self.own, self.in_place = Weights("default", described.tokenizer_path), served
+            self.versions[served.label] = Served(served.label, None, served.label)
+        else:
+            self.own = served
+        return replace(described, model_path=self.own.path)
+
     def compare(self, worker: Worker, described: SGLangDescription) -> None:
+        if described.weight_version != self.label:
+            raise Refused(
+                f"SGLang at {worker.url} serves the weights {described.weight_version!r}, not {self.label!r}: another "
+                "process changed them."
+            )
         if self.weights is None:
             super().compare(worker, described)
 
-
-def _chunk(event: dict[str, Any], seen: int, worker: Worker) -> TokenChunk:
-    """An event as a chunk whose version is the label of the weights. Events hold all tokens so far, or, with
-    --incremental-streaming-output, the new ones alone."""
-    meta, ids = event["meta_info"], event["output_ids"]
-    total = meta["completion_tokens"]
-    new = ids[seen:] if len(ids) == total else ids
-    entries = meta.get("output_token_logprobs", [])
-    entries = entries[len(entries) - len(new) :]
-    if seen + len(new) != total or [entry[1] for entry in entries] != list(new):
-        raise WorkerFailed(f"SGLang at {worker.url} lost tokens: {total} drawn, {seen} + {len(new)} told.")
-    tops = meta.get("output_top_logprobs")
-    return TokenChunk(
-        list(new),
-        [float(entry[0]) for entry in entries],
-        meta.get("weight_version", ""),
-        _finish(meta.get("finish_reason"), worker),
-        tops and [[(int(top[1]), float(top[0])) for top in each] for each in tops[len(tops) - len(new) :]],
-    )
-
-
-def _finish(reason: dict[str, Any] | None, worker: Worker) -> Any:
-    if reason is None:
-        return None
-    match reason["type"]:
-        case "stop":
-            return "stop" if isinstance(reason.get("matched"), str) else "eos"
-        case "length":
-            return "length"
-        case "abort":
-            raise worker.refusal(reason.get("status_code") or 400, reason.get("message") or "it was aborted")
-    raise WorkerFailed(f"SGLang at {worker.url} ended for a reason that SGLang 0.5.23 doesn't have: {reason}")
+    def probed(self, worker: Worker, described: SGLangDescription, probe: list[float]) -> None:
+        self.probes.setdefault(self.in_place or self.base, probe)
+        worker.label = described.weight_version

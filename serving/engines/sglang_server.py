@@ -30,6 +30,8 @@ class SGLangConfig(ServerConfig):
             ("--mem-fraction-static", self.memory_fraction),
             ("--enable-memory-saver", self.memory_saver), ("--enable-metrics", self.metrics),
             ("--enable-deterministic-inference", self.deterministic), ("--incremental-streaming-output", True),
+            # JSON schemas are checked by this library, and a small policy may write blanks for ever.
+            ("--grammar-backend", "llguidance"), ("--constrained-json-disable-any-whitespace", True),
         ])  # fmt: skip
         if self.max_lora_rank:
             lora = [("--enable-lora", True), ("--max-lora-rank", self.max_lora_rank),

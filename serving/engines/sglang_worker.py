@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from serving.engines.base import EngineError, PromptTooLong
+from serving.engines.base import EngineError, GrammarFailed, PromptTooLong
 from serving.engines.http_worker import AdapterGone, Description, HttpWorker, Patience, Refused, WorkerFailed, message
 
 _PROBE = [3, 5, 7, 11]  # token ids that every vocabulary has
@@ -112,6 +112,8 @@ class Worker(HttpWorker):
             return WorkerFailed(f"SGLang at {self.url} failed ({status}): {told}")
         if "never been loaded" in told or "not loaded" in told:
             return AdapterGone(f"SGLang at {self.url}: {told}")
+        if "grammar" in told.lower():
+            return GrammarFailed(f"SGLang at {self.url} can't hold to the JSON schema: {told}")
         if any(sign in told for sign in _TOO_LONG):
             return PromptTooLong(f"{told} Shorten it.")
         return Refused(f"SGLang at {self.url} refused the request ({status}): {told}")
