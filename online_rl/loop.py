@@ -37,6 +37,7 @@ from online_rl.result_record import EVALUATION, ROLLOUTS, ResultRecord
 from online_rl.rewards import RewardConfig, score_group
 from online_rl.rollouts import GroupReplay, Progress
 from online_rl.sampler import Sampler
+from online_rl.setup import CONTEXT
 from online_rl.step_metrics import Metrics
 from online_rl.tapo import TrainingDiverged, train
 from online_rl.tasks.base import Task
@@ -48,7 +49,6 @@ from serving.model import BaseModel
 from serving.trajectory import Trajectory
 from tools.toolbox import Toolbox
 
-CONTEXT = 1536  # tokens of prompt, tools' results and answer in training; longer prompts are set aside
 LEASE_S = 3600.0
 
 Listener = Callable[[str, int, int, str], None]

@@ -14,10 +14,10 @@ EMBEDDED = "SmolLM2-135M-Instruct"
 CONTEXT = 1536  # tokens of prompt, results and answer that a run gives its engine
 
 UNBUILT: dict[str, str] = {
-    "other-base": f"another base model than the embedded {EMBEDDED}",
+    "other-base": "a base model of the recipe's choice: a run trains the one that the settings serve (engine_model)",
     "full-weights": "training all weights: a version is a LoRA adapter",
     "processes": "training in more than one process, sharded by FSDP or DeepSpeed",
-    "sglang-rollouts": "rollouts by SGLang: they come from llama.cpp in this process",
+    "recipe-engine": "an engine of the recipe's choice: a run samples from the one that the settings name",
     "engine-sleep": "an engine that sleeps while the trainer works on its GPU",
     "mini-batches": "several optimizer steps on one batch of rollouts: there is one",
     "data-set": "training on a data set in epochs: a run claims tasks from the queue",
@@ -71,7 +71,7 @@ def needs(setup: Setup, max_response_tokens: int) -> set[str]:
         "other-base": setup.model != EMBEDDED,
         "full-weights": setup.tuning == "full",
         "processes": setup.gpus > 1 or setup.sharding != "none" or setup.accelerate is not None,
-        "sglang-rollouts": setup.engine == "sglang",
+        "recipe-engine": setup.engine == "sglang",
         "engine-sleep": setup.engine_sleeps,
         "mini-batches": setup.mini_batch_groups is not None,
         "data-set": setup.data != "queue" or setup.epochs is not None,

@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,12 @@ class RecordedServer:
     die_after: int | None = None
     generated: int = 0
     running: int = 0
+    adapters: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         torch.set_num_threads(1)  # so small a model gains nothing from more, and tests share the machine
         self.tokenizer = AutoTokenizer.from_pretrained(str(self.model_path))
         self.first_path = str(self.model_path)
-        self.adapters: dict[str, str] = {}
         self._load(self.first_path)
 
     def _load(self, path: str) -> None:

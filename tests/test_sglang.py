@@ -270,9 +270,9 @@ def test_an_evaluation_is_made_on_the_servers_beside_what_serves_there(home, tmp
         chosen = {"HOME": tmp_path / "home", "ENGINE": "sglang", "ENGINE_URLS": url, "ENGINE_ADMIN_KEY": "secret"}
         for name, value in (chosen | {"TRAINING_TOOLS": "code", "MAX_TURNS": 0}).items():
             monkeypatch.setenv(f"WHETSTONE_{name}", str(value))
-        result = CliRunner().invoke(app, ["eval", "--items", "2", "--kind", "arithmetic", "--json"])
+        result = CliRunner().invoke(app, ["eval", "--items", "2", "--set", "arithmetic", "--no-tools-off", "--json"])
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["version"] == version
+    assert [measured["version"] for measured in json.loads(result.stdout)["results"]] == [version]
     assert len(drawn) == 24
     assert server.loads == [f"eval-{os.getpid()}-{version}"]
     assert server.adapters == {version: folder}, "what serves is still there"

@@ -28,7 +28,6 @@ from tests.alike import events, shape, within
 from tests.engine_contract import Bench, EngineContract, collect
 from tests.recorded_server import served
 from tests.test_sglang_server import group
-from tests.test_vllm import SCHEMA
 from tests.tiny_model import save_tiny_model
 from tests.vllm_contract import RecordedVLLM
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from contextlib import suppress
@@ -161,7 +162,16 @@ def _base(settings: Settings, listen: Callable[[str, int, int, str], None]) -> B
 
 
 def _be_nice() -> None:
-    """Training yields to the server on the same machine, in another session too where Linux groups by session."""
+    """Training yields to the server on the same machine, in another session too where Linux groups by session; the
+    session's weight is put back at the end, for a shell lives on in it."""
     os.nice(10)
+    group = Path("/proc/self/autogroup")
     with suppress(OSError):
-        Path("/proc/self/autogroup").write_text("10")
+        before = group.read_text().split()[-1]
+        group.write_text("10")
+        atexit.register(_put_back, group, before)
+
+
+def _put_back(group: Path, before: str) -> None:
+    with suppress(OSError):
+        group.write_text(before)
