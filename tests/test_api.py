@@ -293,7 +293,7 @@ async def test_models_lists_the_current_version_first(world: World) -> None:
     data = (await world.client.get("/v1/models")).json()["data"]
     assert [model["id"] for model in data] == ["whetstone", "v0", "v1", "v2"]
     assert data[0]["whetstone"]["version"] == "v0"
-    published = {"status": "published", "can_be_asked": True, "canary_share": 0.25}
+    published = {"status": "published", "can_be_asked": True, "canary_share": 0.25, "tainted": False}
     assert data[2]["whetstone"] == {"version": "v1", "parent": "v0", "current": False, "loaded": True} | published
     assert (data[3]["whetstone"]["status"], data[3]["whetstone"]["can_be_asked"]) == ("candidate", False)
     assert (await world.chat(HELLO, model="v1")).json()["model"] == "v1"

@@ -168,7 +168,8 @@ def test_no_container_is_root_or_may_become_it() -> None:
 
 def test_the_kustomization_names_every_manifest() -> None:
     listed = yaml.safe_load((DEPLOY / "kubernetes/kustomization.yaml").read_text())["resources"]
-    there = {path.name for path in MANIFESTS} - {"kustomization.yaml", "secret.example.yaml"}
+    by_hand = {"kustomization.yaml", "secret.example.yaml", "train.yaml"}  # the last is one run on many GPUs
+    there = {path.name for path in MANIFESTS} - by_hand
     assert set(listed) == there
 
 

@@ -125,7 +125,7 @@ def test_a_server_that_crashes_and_comes_back_is_used_again(place: str, cluster:
 
 def test_a_deadlock_is_begun_anew(place: str) -> None:
     with Store.open(place) as store, connected(place) as other:
-        first, second = (store.add_task(ASK, "math", gold, "k", "s")[0] for gold in "12")
+        first, second = (store.add_task([{"role": "user", "content": q}], "math", "1", "k", "s")[0] for q in "ab")
         run = store.start_run("r", {})
         store.claim(run, 2)
         lock = "SELECT id FROM tasks WHERE id = :id FOR UPDATE"
@@ -178,7 +178,7 @@ def test_conversations_that_are_deleted_while_others_write_to_them(places_of_bot
 
         def remove(conversation: str) -> None:
             try:
-                store.delete_conversation(conversation)
+                store.erase(conversation=conversation)
             except StoreError as error:
                 if "under way" not in str(error):
                     raise
