@@ -168,7 +168,8 @@ def test_memory_does_not_grow_with_the_record(store: Store, tmp_path: Path) -> N
         )
         with store._write() as connection:
             connection.exec_driver_sql(
-                f"INSERT INTO turns ({columns}) WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < {n}) "
+                f"INSERT INTO turns ({columns}) "
+                f"WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < {n}) "
                 "SELECT 'turn_' || hex(randomblob(8)), conversation_id, request_id, messages, prompt_ids, version, "
                 "status, hex(randomblob(2000)), error, host, pid, process_started, created_at, finished_at "
                 "FROM c, (SELECT * FROM turns LIMIT 1)"

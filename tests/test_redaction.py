@@ -14,6 +14,7 @@ from online_rl.loop import RunOptions, run_once
 from online_rl.recipe import load_recipe
 from online_rl.redaction import redact_task
 from online_rl.tasks.base import ask
+from serving.engines.opening import embedded
 from serving.model import BaseModel
 from serving.versions import install_shipped
 from tools.python import PythonTool
@@ -79,7 +80,7 @@ def test_a_run_trains_on_what_is_left_and_on_who_consents(base: BaseModel, tmp_p
         store.training_by_default = False  # bob said nothing
         store.set_consent("ada", True)
         options = RunOptions(load_recipe("embedded-cpu"), heldout=[], least_tasks=2, redact=redactor())
-        result = run_once(tmp_path, store, base, Toolbox([PythonTool()]), options)
+        result = run_once(tmp_path, store, embedded(base), Toolbox([PythonTool()]), options)
         assert result.status == "ended", "one task is too few: nothing was trained"
         (task,) = json.loads((result.folder / "tasks.json").read_text())
         assert task["messages"][0]["content"] == "I am [EMAIL]. Which is the largest planet?"
