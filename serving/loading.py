@@ -72,7 +72,8 @@ class LoadedVersions:
             async with self._swapping:
                 await self._change_weights(version)
         else:
-            await self._open.wait()
+            while not self._open.is_set():  # it may be closed again before who waits is woken
+                await self._open.wait()
         self._users[version] += 1
         try:
             if version not in self:
