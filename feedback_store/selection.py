@@ -14,13 +14,12 @@ from feedback_store.conversation_rows import conversation_of, conversation_rows,
 from feedback_store.errors import InvalidRecord
 from feedback_store.outcomes import outcome_of
 from feedback_store.queue import task_of
-from feedback_store.records import Conversation, Outcome, QueuedTask, StoredStep, Turn
+from feedback_store.records import RIGHT, Conversation, Outcome, QueuedTask, StoredStep, Turn
 from feedback_store.schema import conversations, outcomes, search_texts, steps, task_origins, tasks, tool_results, turns
 from feedback_store.search import matching
 from feedback_store.tool_results import steps_with_results
 
 Judged = Literal["right", "wrong", "none"]
-RIGHT = 0.9  # a verdict above it says right, as in training
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def list_conversations(
         return
     rows = [(one.id, one.owner, one.turns, one.updated_at, excerpts.get(one.id, one.title)) for one in found]
     columns = ("conversation", "owner", "turns", "last used", "found" if search else "title")
-    console.table("Conversations", columns, rows, "There is no such conversation.")
+    console.table("Conversations", columns, rows, "There is no such conversation.", "conversation")
 
 
 @conversations.command("show")
@@ -74,7 +74,7 @@ def show(
         for step in turn["steps"]:
             _print_step(step)
         answer = turn["answer"] or f"({turn['status']}) {turn['error']}"
-        say(f"[bold green]{turn['version']}[/]\n{console.escaped(answer)}", highlight=False)
+        say(f"[bold green]{console.escaped(turn['version'])}[/]\n{console.escaped(answer)}", highlight=False)
         for verdict in turn["outcomes"]:
             gold = f", right: {verdict['gold']}" if verdict["gold"] else ""
             line = (
@@ -111,7 +111,9 @@ def _print_step(step: dict[str, Any]) -> None:
     if step["thought"]:
         say(f"[dim]{console.escaped(step['thought'])}[/]", highlight=False)
     if step["observation"] is not None:
-        say(f"[yellow]{step['observation'].tool}[/]\n{console.escaped(step['input'])}", highlight=False)
+        say(
+            f"[yellow]{console.escaped(step['observation'].tool)}[/]\n{console.escaped(step['input'])}", highlight=False
+        )
         say(f"[yellow]→[/] {console.escaped(step['observation'].text)}", highlight=False)
     if "token_ids" in step:
         say(f"[dim]{step['token_ids']}\n{[round(p, 3) for p in step['logprobs']]}\n{step['mask']}[/]", highlight=False)

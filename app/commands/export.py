@@ -65,6 +65,6 @@ def export(
     if as_json:
         console.print_json(done)
         return
-    console.out.print(f"{done.rows} rows in {done.file}", highlight=False, soft_wrap=True)
+    console.out.print(f"{done.rows} rows in {console.escaped(str(done.file))}", highlight=False, soft_wrap=True)
     for reason, n in done.left_out.items():
-        console.out.print(f"{n} left out: {reason}", style="dim", highlight=False)
+        console.out.print(f"{n} left out: {console.escaped(reason)}", style="dim", highlight=False)
