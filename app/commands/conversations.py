@@ -38,16 +38,13 @@ def list_conversations(
     from feedback_store.selection import Selection
 
     begun = None if since is None else since.replace(tzinfo=UTC)
-    selection = Selection(owner, cast("Judged | None", outcome), version, tool, begun)  # the store names a wrong one
-    excerpts: dict[str, str] = {}
+    judged = cast("Judged | None", outcome)  # the store names a wrong one
+    selection = Selection(owner, judged, version, tool, begun, search=search)
     with console.opened_store() as store:
-        found = store.find_conversations(selection, limit if search is None else None)
-        if search is not None:
-            hits = {hit.conversation.id: hit.excerpt for hit in store.search_conversations(search, owner, 10_000)}
-            found = [one for one in found if one.id in hits][:limit]
-            excerpts = {one.id: hits[one.id] for one in found}
+        found = store.find_conversations(selection, limit)
+        excerpts = {} if search is None else store.excerpts(search, [one.id for one in found])
     if as_json:
-        console.print_json([vars(one) | ({"excerpt": excerpts[one.id]} if excerpts else {}) for one in found])
+        console.print_json([vars(one) | ({"excerpt": excerpts[one.id]} if one.id in excerpts else {}) for one in found])
         return
     rows = [(one.id, one.owner, one.turns, one.updated_at, excerpts.get(one.id, one.title)) for one in found]
     columns = ("conversation", "owner", "turns", "last used", "found" if search else "title")
