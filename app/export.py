@@ -27,7 +27,8 @@ class ExportFailed(RuntimeError):
 
 @dataclass
 class Exported:
-    """`rows` in `file`; `left_out` counts what was read and not written, by reason."""
+    """`rows` in `file`, which isn't written where there are none; `left_out` counts what was read and left out, by
+    reason."""
 
     file: Path
     rows: int = 0
@@ -55,7 +56,8 @@ def export(
     right and wrong. `raw`: a line for each turn with its steps and verdicts; `tokens` adds their ids, logprobs, masks.
 
     `redact` changes every text, and leaves out what that would spoil. `progress` hears how many turns or tasks were
-    read. Raises ExportFailed, and StoreError; nothing is left behind then.
+    read. Without a row no file is written: readers can't tell what an empty one holds. Raises ExportFailed, and
+    StoreError; nothing is left behind then.
     """
     if format not in get_args(Format):
         raise ExportFailed(f"{format!r} is no format: choose from {', '.join(get_args(Format))}.")
@@ -77,7 +79,8 @@ def export(
             writer.close()
             out.flush()
             os.fsync(out.fileno())
-        os.replace(draft, file)
+        if done.rows:
+            os.replace(draft, file)
     except OSError as error:
         why = error.strerror or str(error)
         raise ExportFailed(f"{file} can't be written: {why}. Free some space, or choose another place.") from error

@@ -33,7 +33,6 @@ from feedback_store.records import (
     Version,
     VersionChange,
 )
-from feedback_store.search import Found
 from feedback_store.store import Store
 from feedback_store.taints import Taint
 from feedback_store.tool_results import as_stored, result_hash
@@ -50,7 +49,6 @@ __all__ = [
     "DamagedRecord",
     "DeadTask",
     "Erased",
-    "Found",
     "Guards",
     "InService",
     "InvalidRecord",

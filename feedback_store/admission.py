@@ -12,7 +12,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from feedback_store.codec import clean
+from feedback_store.codec import check_zone, clean
 from feedback_store.errors import InvalidRecord, QueueFull
 from feedback_store.gold import Policy, plain_key, question_hash
 from feedback_store.ids import new_id
@@ -79,6 +79,7 @@ def put_task(
     now: datetime,
 ) -> Admission:
     """Takes the gold, inside the caller's transaction; raises QueueFull or InvalidRecord before writing."""
+    check_zone(gold.expires_at, "The gold's end")
     if gold.expires_at is not None and gold.expires_at <= now:
         raise InvalidRecord(f"The gold would have expired on {gold.expires_at:%Y-%m-%d %H:%M} UTC: give a later time.")
     digest = question_hash(messages)

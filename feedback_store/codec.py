@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 from feedback_store.errors import InvalidRecord
@@ -76,6 +77,12 @@ def unpack_logprobs(data: bytes) -> list[float]:
 
 def unpack_mask(data: bytes) -> list[int]:
     return list(data)
+
+
+def check_zone(moment: datetime | None, what: str) -> None:
+    """Raises InvalidRecord for a time without a zone, which could mean any of them."""
+    if moment is not None and moment.utcoffset() is None:
+        raise InvalidRecord(f"{what} has no time zone ({moment:%Y-%m-%dT%H:%M}): give one, such as datetime.UTC.")
 
 
 def clean(text: str) -> str:

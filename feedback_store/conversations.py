@@ -243,15 +243,6 @@ class Conversations(Database):
             its_steps = steps_with_results().where(steps.c.turn_id == turn_id).order_by(steps.c.position)
             return turn_of(row, [step_of(step) for step in connection.execute(its_steps)])
 
-    def turn_of_request(self, request_id: str) -> str:
-        """The id of the turn that answered a request: clients know a request's id, not a turn's."""
-        newest = select(turns.c.id).where(turns.c.request_id == request_id).order_by(turns.c.id.desc()).limit(1)
-        with self._read() as connection:
-            turn_id = connection.execute(newest).scalar() if request_id else None
-        if turn_id is None:
-            raise NotFound("turn of the request", request_id)
-        return str(turn_id)
-
     def turns(self, conversation_id: str | None = None, limit: int = 50) -> list[Turn]:
         """Without their steps, the newest first."""
         query = select(turns).order_by(turns.c.id.desc()).limit(limit)

@@ -15,6 +15,7 @@ from typing import Any, Final, get_args
 from sqlalchemy import Row, delete, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
+from feedback_store.codec import check_zone
 from feedback_store.database import Database
 from feedback_store.errors import InvalidRecord, NotFound
 from feedback_store.records import ApiKey, Scope
@@ -64,6 +65,7 @@ class Keys(Database):
             wrong = f"{unknown[0]!r} is none" if scopes else "it has no scope: give at least one"
             raise InvalidRecord(f"The key {name!r}: {wrong} of {', '.join(get_args(Scope))}.")
         now = self._now()
+        check_zone(expires_at, "The key's end")
         if expires_at is not None and expires_at <= now:
             raise InvalidRecord(f"The key {name!r} would have expired on {expires_at:%Y-%m-%d}; give a later day.")
         for limit, what in ((requests_per_minute, "requests a minute"), (answers_at_once, "answers at once")):

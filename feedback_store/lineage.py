@@ -26,8 +26,9 @@ from feedback_store.schema import (
     versions,
 )
 from feedback_store.taints import Taint, tainted_versions
-from feedback_store.uses import set_aside
+from feedback_store.uses import set_aside, trained_on
 
+_DEEPEST = 100  # generations of versions: who walks or prints the tree does so by recursion
 Kind = Literal["owner", "conversation", "turn", "task", "run", "version"]
 
 
@@ -45,7 +46,8 @@ class Trace:
 
 class LineageTree(Database):
     def trace(self, id: str, limit: int = 20) -> Trace:
-        """The tree around a conversation, turn, task, run, version or owner; of a list's items, the first `limit`.
+        """The tree around a conversation, turn, task, run, version or owner; of a list's items, and of a line of
+        versions, the first `limit`; of a line never more than a hundred.
 
         Up: answer, version, run, tasks, conversations; versions also their parents. Down: conversation, tasks, runs,
         versions and their descendants. What was erased is there by id and time. Raises NotFound.
@@ -58,6 +60,7 @@ class _Tracer:
     def __init__(self, connection: Connection, limit: int) -> None:
         self._connection = connection
         self._limit = limit
+        self._deepest = min(limit, _DEEPEST)
         self._tainted: dict[str, Taint] = tainted_versions(connection)
 
     def trace(self, id: str) -> Trace:
@@ -135,19 +138,26 @@ class _Tracer:
     # -- up: what something came from
 
     def _version_up(self, version: str) -> Trace:
-        row = self._row(versions, version)
-        top = Trace("version", version, self._version_note(version, row))
-        if row is not None and row.run_id:
-            top.came_from.append(self._run_up(row.run_id))
-        if row is not None and row.parent:
-            top.came_from.append(self._version_up(row.parent))
+        """With its ancestors, each below its child; of a long line the nearest."""
+        top = one = Trace("version", version)
+        depth = 0
+        while (parent := self._tell_origin(one)) and depth < self._deepest:
+            one.came_from.append(Trace("version", parent))
+            one, depth = one.came_from[-1], depth + 1
+        one.more += bool(parent)
         return top
+
+    def _tell_origin(self, version: Trace) -> str | None:
+        """Notes a version's state and its run; returns its parent."""
+        row = self._row(versions, version.id)
+        version.note = self._version_note(version.id, row)
+        if row is not None and row.run_id:
+            version.came_from.append(self._run_up(row.run_id))
+        return None if row is None else row.parent
 
     def _run_up(self, run_id: str) -> Trace:
         top = Trace("run", run_id, self._run_note(run_id))
-        claimed = self._ids(select(run_tasks.c.task_id).where(run_tasks.c.run_id == run_id).distinct())
-        used = sorted(set(claimed) - set_aside(self._connection, run_id))
-        self._fill(top, "came_from", used, self._task_up)
+        self._fill(top, "came_from", trained_on(self._connection, run_id), self._task_up)
         return top
 
     def _task_up(self, task_id: str) -> Trace:
@@ -180,9 +190,21 @@ class _Tracer:
         return top
 
     def _version_down(self, version: str) -> Trace:
-        top = Trace("version", version, self._version_note(version, self._row(versions, version)))
-        children = select(versions.c.id).where(versions.c.parent == version).order_by(versions.c.created_at)
-        self._fill(top, "led_to", self._ids(children), self._version_down)
+        """With its descendants; of a long line the nearest."""
+        top = Trace("version", version)
+        generation = [top]
+        for depth in range(self._deepest + 1):
+            following: list[Trace] = []
+            for one in generation:
+                one.note = self._version_note(one.id, self._row(versions, one.id))
+                query = select(versions.c.id).where(versions.c.parent == one.id).order_by(versions.c.created_at)
+                children = self._ids(query)
+                if depth == self._deepest:
+                    one.more += len(children)
+                else:
+                    self._fill(one, "led_to", children, lambda id: Trace("version", id))
+                    following += one.led_to
+            generation = following
         return top
 
     # -- parts

@@ -13,10 +13,8 @@ from feedback_store.consent import NO_CONSENT, Consents
 from feedback_store.errors import InvalidRecord, NotFound, QueueFull
 from feedback_store.gold import Judging
 from feedback_store.ids import new_id
-from feedback_store.records import Outcome, OutcomeSource
+from feedback_store.records import RIGHT, Outcome, OutcomeSource
 from feedback_store.schema import outcomes, turns
-
-RIGHT = 0.9  # a score above this is a right answer's, as verifiers have it
 
 
 def outcome_of(row: Row[Any]) -> Outcome:

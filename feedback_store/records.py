@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, Protocol, TypedDict
 
+RIGHT = 0.9
+"""A score above this counts as right: `acc` in the paper's code (arXiv 2510.07038)."""
 Message = dict[str, Any]
 TurnStatus = Literal["running", "done", "no_answer", "length", "cancelled", "tool_calls", "error", "interrupted"]
 FinalStatus = Literal["done", "no_answer", "length", "cancelled", "tool_calls", "error"]

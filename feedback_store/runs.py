@@ -18,6 +18,8 @@ from feedback_store.processes import Process, this_process
 from feedback_store.queue import give_up_claims
 from feedback_store.records import FinalRunStatus, Lineage, Run, RunStage, RunTask
 from feedback_store.schema import run_stages, run_tasks, runs, task_origins, tasks, turns, versions
+from feedback_store.uses import trained_on
+from feedback_store.withdrawal import chunks
 
 
 def _run(connection: Connection, row: Row[Any], stages: list[RunStage], now: datetime) -> Run:
@@ -159,25 +161,22 @@ class Runs(Database):
             return [RunTask(row.task_id, row.state, row.claimed_at, row.ended_at) for row in rows]
 
     def lineage(self, version_id: str) -> Lineage:
-        """The run that made a version, the tasks which that run completed, and the conversations they came from."""
+        """The run that made a version, the tasks that it was trained on, and the conversations they came from."""
         with self._read() as connection:
             row = connection.execute(
                 select(versions.c.parent, versions.c.run_id).where(versions.c.id == version_id)
             ).first()
             if row is None:
                 raise NotFound("version", version_id)
-            used = select(run_tasks.c.task_id).where(run_tasks.c.run_id == row.run_id, run_tasks.c.state == "completed")
-            origins = (
-                select(turns.c.conversation_id)
-                .join(task_origins, task_origins.c.turn_id == turns.c.id)
-                .where(task_origins.c.task_id.in_(used))
-                .distinct()
-                .order_by(turns.c.conversation_id)
-            )
+            used = trained_on(connection, row.run_id) if row.run_id else []
+            found: set[str] = set()
+            for some in chunks(used):
+                its = select(turns.c.conversation_id).join(task_origins, task_origins.c.turn_id == turns.c.id)
+                found.update(connection.execute(its.where(task_origins.c.task_id.in_(some))).scalars())
             return Lineage(
                 version=version_id,
                 parent=row.parent,
                 run=row.run_id,
-                task_ids=list(connection.execute(used.distinct().order_by(run_tasks.c.task_id)).scalars()),
-                conversation_ids=list(connection.execute(origins).scalars()),
+                task_ids=used,
+                conversation_ids=sorted(found),
             )

@@ -9,32 +9,28 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, delete, insert, literal_column, select, text, update
+from sqlalchemy import ColumnElement, Connection, Select, delete, func, insert, literal_column, select, text, update
 
 from feedback_store.codec import clean
-from feedback_store.conversation_rows import conversation_of, conversation_rows
 from feedback_store.database import Database
 from feedback_store.errors import InvalidRecord
-from feedback_store.records import Conversation, Message
-from feedback_store.schema import conversations, search_texts
+from feedback_store.records import Message
+from feedback_store.schema import search_texts
+from feedback_store.withdrawal import chunks
 
 LONGEST_QUERY = 1000  # characters
 _WORD = re.compile(r"\w+")
 _MARKS = re.compile("[\u0300-\u036f]")  # accents, once they stand behind their letter
-# As the migration indexes it: without accents, as FTS5 does.
-_VECTOR = "to_tsvector('simple', regexp_replace(normalize(search_texts.text, NFKD), '[\u0300-\u036f]', '', 'g'))"
+# Signs that stand in no word, for Python's \w. To PostgreSQL they may join words: "3.14", "a/b", "user@mail.org".
+_SIGNS = "[!-/:-@[-^`{-~\u00a0-\u00bf\u00d7\u00f7\u2000-\u206f\u2190-\u23ff\u3000-\u3003\u3008-\u301f]+"
 
 
-@dataclass(frozen=True)
-class Found:
-    """A conversation, the newest turn of it that matches (None: its title does), and the words around the match."""
-
-    conversation: Conversation
-    turn_id: str | None
-    excerpt: str
+def vector_of(column: str) -> str:
+    """SQL of what PostgreSQL indexes of a column: its words without accents and the signs between, as FTS5 does."""
+    plain = f"regexp_replace(normalize({column}, NFKD), '[\u0300-\u036f]', '', 'g')"
+    return f"to_tsvector('simple', regexp_replace({plain}, '{_SIGNS}', ' ', 'g'))"
 
 
 def turn_text(messages: Sequence[Message], answer: str) -> str:
@@ -76,7 +72,7 @@ def matching(connection: Connection, query: str) -> ColumnElement[bool]:
         return search_texts.c.id.in_(index.bindparams(words=" ".join(f'"{word}"' for word in words)))  # type: ignore[arg-type]
     plain = _MARKS.sub("", unicodedata.normalize("NFKD", " ".join(words)))
     wanted = text("plainto_tsquery('simple', :words)").bindparams(words=plain)
-    return literal_column(_VECTOR).bool_op("@@")(wanted)
+    return literal_column(vector_of("search_texts.text")).bool_op("@@")(wanted)
 
 
 def conversations_with(connection: Connection, query: str) -> Select[Any]:
@@ -85,27 +81,18 @@ def conversations_with(connection: Connection, query: str) -> Select[Any]:
 
 
 class Search(Database):
-    def search_conversations(self, query: str, owner: str | None = None, limit: int = 20) -> list[Found]:
-        """Conversations of which a turn, or the title, has all of the words; the most recently used first.
+    def excerpts(self, query: str, conversation_ids: Sequence[str]) -> dict[str, str]:
+        """By conversation, the words around the newest match: of its turns and its title. Without one it is left out.
 
         Raises InvalidRecord for a query that is too long or has no word in it.
         """
+        c, found = search_texts.c, {}
         with self._read() as connection:
-            rows = conversation_rows().where(conversations.c.id.in_(conversations_with(connection, query)))
-            if owner is not None:
-                rows = rows.where(conversations.c.owner == owner)
-            rows = rows.order_by(conversations.c.updated_at.desc(), conversations.c.id.desc()).limit(limit)
-            found = []
-            for row in connection.execute(rows).all():
-                c = search_texts.c
-                hit = connection.execute(
-                    select(c.turn_id, c.text)
-                    .where(c.conversation_id == row.id, matching(connection, query))
-                    .order_by(c.id.desc())
-                    .limit(1)
-                ).first()
-                if hit is not None:
-                    found.append(Found(conversation_of(row), hit.turn_id, excerpt(hit.text, query)))
+            matches = matching(connection, query)
+            for some in chunks(conversation_ids):
+                newest = select(func.max(c.id)).where(c.conversation_id.in_(some), matches).group_by(c.conversation_id)
+                for id, text in connection.execute(select(c.conversation_id, c.text).where(c.id.in_(newest))):
+                    found[id] = excerpt(text, query)
         return found
 
 

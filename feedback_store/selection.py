@@ -14,13 +14,12 @@ from feedback_store.conversation_rows import conversation_of, conversation_rows,
 from feedback_store.errors import InvalidRecord
 from feedback_store.outcomes import outcome_of
 from feedback_store.queue import task_of
-from feedback_store.records import Conversation, Outcome, QueuedTask, StoredStep, Turn
+from feedback_store.records import RIGHT, Conversation, Outcome, QueuedTask, StoredStep, Turn
 from feedback_store.schema import conversations, outcomes, search_texts, steps, task_origins, tasks, tool_results, turns
-from feedback_store.search import matching
+from feedback_store.search import conversations_with, matching
 from feedback_store.tool_results import steps_with_results
 
 Judged = Literal["right", "wrong", "none"]
-RIGHT = 0.9  # a verdict above it says right, as in training
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,8 @@ class Selection:
 
     `outcome`: `right`, where some verdict scores above 0.9; `wrong`, where there are verdicts and none does; `none`,
     without a score. `tool`: one that was used. `since` and `until`: when the turn began. `consenting`: only of owners
-    who let their conversations train the policy. `search`: words, see `search`.
+    who let their conversations train the policy. `search`: words that it has, or its conversation's title (see
+    `search`).
     """
 
     owner: str | None = None
@@ -65,8 +65,11 @@ class Reading(Consents):
         """Those with a turn that is selected, the most recently used first."""
         query = conversation_rows().order_by(conversations.c.updated_at.desc(), conversations.c.id.desc()).limit(limit)
         with self._read() as connection:
-            if selection == Selection(owner=selection.owner):  # those without a turn, too
-                query = query if selection.owner is None else query.where(conversations.c.owner == selection.owner)
+            if selection == Selection(owner=selection.owner, search=selection.search):  # those without a turn, too
+                if selection.owner is not None:
+                    query = query.where(conversations.c.owner == selection.owner)
+                if selection.search is not None:
+                    query = query.where(conversations.c.id.in_(conversations_with(connection, selection.search)))
             else:
                 its = select(turns.c.conversation_id).select_from(_joined()).where(*self._those(connection, selection))
                 query = query.where(conversations.c.id.in_(its))
@@ -148,7 +151,10 @@ class Reading(Consents):
         if selection.consenting:
             found.append(self._may_train(conversations.c.owner))
         if selection.search is not None:
-            found.append(turns.c.id.in_(select(search_texts.c.turn_id).where(matching(connection, selection.search))))
+            matches, c = matching(connection, selection.search), search_texts.c
+            titled = select(c.conversation_id).where(matches, c.turn_id.is_(None))
+            in_turn = turns.c.id.in_(select(c.turn_id).where(matches))
+            found.append(or_(in_turn, turns.c.conversation_id.in_(titled)))
         if selection.tool is not None:
             used = steps.join(tool_results, tool_results.c.hash == steps.c.result_hash)
             its = steps.c.turn_id == turns.c.id, tool_results.c.tool == selection.tool

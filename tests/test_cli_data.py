@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from app.cli import app
+from app.commands import console
 from feedback_store import NotFound, Store
 from serving.versions import install_shipped
 from tests.test_store_erasure import MINE, SECRET, learn, talk
@@ -63,6 +65,14 @@ def test_lineage_is_a_tree_both_ways(store: Store) -> None:
     assert "no conversation" in told("data", "lineage", "nothing", code=1)
 
 
+def test_the_lineage_of_many_versions_is_printed(store: Store) -> None:
+    for n in range(2, 302):
+        store.add_version(f"v{n}", f"v{n - 1}", f"v{n}", {}, "candidate")
+    for id in ("v0", "v301"):
+        assert f"version {id}" in told("data", "lineage", id, "--limit", "1000")
+        assert isinstance(parsed("data", "lineage", id, "--limit", "1000"), dict)
+
+
 def test_an_owner_is_forgotten_after_a_question(store: Store, home: Path) -> None:
     conversation = talk(store, "ada", MINE)
     made_by = learn(store, "v2", "v1")
@@ -90,6 +100,70 @@ def test_a_key_s_name_means_its_owner(store: Store) -> None:
     key, _ = store.add_key("laptop", ["chat"])
     talk(store, key.owner, MINE)
     assert "1 conversations" in told("data", "forget", "laptop", "--yes")
+
+
+def test_a_name_means_the_owners_of_all_its_keys(store: Store) -> None:
+    owners = []
+    for n in range(3):
+        key, _ = store.add_key("alice", ["chat"])
+        owners.append(key.owner)
+        if n < 2:  # nothing was said with the newest
+            talk(store, key.owner, [{"role": "user", "content": f"What is {n} + 1?"}])
+        if n < 2:
+            store.revoke_key("alice")
+    told("data", "consent", "alice", "--service-only")
+    assert [store.consent(owner).training for owner in owners] == [False] * 3
+    assert "2 conversations, 2 turns" in told("data", "forget", "alice", "--dry-run")
+    assert store.conversations(owners[0])
+    asked = told("data", "forget", "alice", given="y\n")
+    assert all(owner in asked for owner in owners)
+    assert "Erased: 2 conversations" in asked
+    assert not store.conversations(owners[0])
+    assert not store.conversations(owners[1])
+
+
+def test_what_looks_like_markup_changes_nothing_but_what_it_names(store: Store) -> None:
+    assert "The key of x[/]" in told("keys", "add", "x[/]")
+    assert "The key of x[/]" in told("keys", "revoke", "x[/]")
+    assert "[/x]: service only" in told("data", "consent", "[/x]", "--service-only")
+    assert "[/] is in quarantine" in told("queue", "quarantine", "add", "[/]")
+    assert "The golds of [/] count" in told("queue", "quarantine", "lift", "[/]")
+    talk(store, "[/y]", MINE)
+    assert "Owner [/y]: 1 conversations" in told("data", "forget", "[/y]", given="y\n")
+
+
+def test_an_age_before_the_first_year_is_refused() -> None:
+    assert "smaller number" in told("data", "prune", "--older-than", "99999y", code=2)
+
+
+def test_a_user_s_text_does_not_steer_the_terminal(store: Store) -> None:
+    evil = "\x1b]0;owned\x07\x1b[2J\x9b31m\x7fred\r"
+    conversation = talk(store, "ada", [{"role": "user", "content": evil}], "4", evil)
+    other = store.begin_turn(store.create_conversation("bob"), [{"role": "user", "content": evil}], "v1", [])
+    store.finish_turn(other, evil, "done")
+    store.add_outcome(other, "client", 1.0, "exact", "5", evil, "bob")
+    for command in (
+        ["conversations"],
+        ["conversations", "show", conversation],
+        ["conversations", "show", conversation, "--json"],
+        ["conversations", "--search", "owned"],
+        ["queue"],
+        ["queue", "review"],
+        ["queue", "review", "show", store.reviews(1)[0].id],
+        ["data", "lineage", conversation],
+    ):
+        said = run.invoke(app, command)
+        assert said.exit_code == 0, said.output
+        assert not [mark for mark in said.output if mark != "\n" and (mark < " " or "\x7f" <= mark <= "\x9f")], command
+
+
+def test_an_id_is_whole_on_a_narrow_terminal(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(console, "out", Console())
+    conversation = talk(store, "key-0123456789abcdef", [{"role": "user", "content": "why " * 50}])
+    told("conversations", "show", next(word for word in told("conversations").split() if word.startswith("conv_")))
+    assert conversation in told("conversations")
+    assert store.tasks()[0].id in told("queue")
 
 
 def test_a_dead_disk_is_told_and_the_command_can_be_repeated(

@@ -119,6 +119,29 @@ def test_a_file_that_is_there_stays_without_force(store: Store, tmp_path: Path) 
     assert (tmp_path / "out" / "openai.parquet").exists()
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_without_rows_no_file_is_made(store: Store, tmp_path: Path, ending: str) -> None:
+    file = tmp_path / "out" / f"a.{ending}"
+    command = ["data", "export", str(file), "--format", "trl-preference", "--owner", "bob"]
+    said = run.invoke(app, command)
+    assert said.exit_code == 0, said.output
+    assert "0 rows: no file was written." in said.output
+    assert list(file.parent.iterdir()) == []
+    file.write_text("old")
+    assert run.invoke(app, [*command, "--force"]).exit_code == 0
+    assert file.read_text() == "old"
+
+
+def test_a_file_of_another_kind_is_no_folder(store: Store, tmp_path: Path) -> None:
+    said = run.invoke(app, ["data", "export", str(tmp_path / "y.csv")])
+    assert said.exit_code == 1
+    assert "must end in .jsonl or .parquet" in " ".join(said.output.split())
+    assert not (tmp_path / "y.csv").exists()
+    (tmp_path / "old.csv").mkdir()
+    assert run.invoke(app, ["data", "export", str(tmp_path / "old.csv")]).exit_code == 0
+    assert (tmp_path / "old.csv" / "openai.jsonl").exists()
+
+
 def test_a_failure_midway_leaves_the_old_file(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text("old")

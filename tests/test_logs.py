@@ -36,7 +36,7 @@ async def test_a_request_keeps_its_id_everywhere(
                 mine = {"X-Request-Id": "order-42"}
                 answer = await client.post("/v1/chat/completions", json=HELLO, headers=mine)
                 assert answer.headers["x-request-id"] == "order-42"
-                assert store.turn_of_request("order-42") == answer.json()["whetstone"]["turn_id"]
+                assert store.turn(answer.json()["whetstone"]["turn_id"]).request_id == "order-42"
                 forged = await client.get("/v1/none%0A{x}", headers={"X-Request-Id": 'a" \\u007b b'})
                 assert forged.status_code == 404
                 assert len(forged.headers["x-request-id"]) == 32, "what isn't plain is replaced"

@@ -16,6 +16,7 @@ import pytest
 
 from app.erasure import sweep
 from feedback_store import Busy, NotFound, Store, StoreError
+from feedback_store.selection import Selection
 from online_rl.result_record import ROLLOUTS, ResultRecord
 from online_rl.tasks.base import Task
 from serving.trajectory import Observation, Step
@@ -98,7 +99,7 @@ def test_a_forgotten_text_is_in_no_file(store: Store, tmp_path: Path, vacuum: bo
     assert seen is not None
     assert seen.text == "four", "what other tasks saw is still there"
     assert [row["meta"].get("queue_id") for row in json.loads((folder / "tasks.json").read_text())] == [queued.id, None]
-    assert store.search_conversations("xylophone") == []
+    assert store.find_conversations(Selection(search="xylophone")) == []
     assert len(store.conversations("bob")) == 20
     assert store.unswept().conversations == []
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from feedback_store import InvalidRecord, NotFound, Store
+from feedback_store.lineage import Trace
 
 
 @pytest.fixture
@@ -67,8 +68,8 @@ def test_a_version_knows_the_conversations_that_made_it(store: Store) -> None:
 
     lineage = store.lineage("v1")
     assert (lineage["version"], lineage["parent"], lineage["run"]) == ("v1", "v0", run_id)
-    assert lineage["task_ids"] == sorted([same.id, generated])
-    assert lineage["conversation_ids"] == asked[:2]  # both asked it; the task was made once
+    assert lineage["task_ids"] == sorted([same.id, other.id, generated])
+    assert lineage["conversation_ids"] == asked  # two asked the same; its task was made once
     assert {t.task_id: t.state for t in store.run_tasks(run_id)} == {
         same.id: "completed",
         other.id: "released",
@@ -82,6 +83,41 @@ def test_a_version_knows_the_conversations_that_made_it(store: Store) -> None:
         "task_ids": [],
         "conversation_ids": [],
     }
+
+
+def test_what_a_version_was_trained_on_has_one_definition(store: Store) -> None:
+    """A refused version's tasks went back to the queue, and it was trained on them all the same; not on what its run
+    set aside."""
+    for n in range(3):
+        store.add_task([{"role": "user", "content": f"Task {n}"}], "math", str(n), "math", "client")
+    run_id = store.start_run("r", {})
+    used, renewed, aside = (task.id for task in store.claim(run_id, 3))
+    store.set_stage(run_id, "claim", {"set_aside": {"too long": [aside]}})
+    store.complete(run_id, [used])
+    store.add_version("v0", None, "v0", {}, "refused", run_id=run_id)
+    store.finish_run(run_id, "refused", {})
+    assert store.lineage("v0")["task_ids"] == sorted([used, renewed])
+    (made_by,) = store.trace("v0").came_from
+    assert [task.id for task in made_by.came_from] == store.lineage("v0")["task_ids"]
+
+
+def test_a_long_line_of_versions_is_cut(store: Store) -> None:
+    for n in range(400):
+        store.add_version(f"v{n}", f"v{n - 1}" if n else None, f"v{n}", {}, "candidate")
+
+    def line(id: str, way: str, limit: int) -> list[Trace]:
+        found = [store.trace(id, limit)]
+        while below := getattr(found[-1], way):
+            found += below
+        return found
+
+    up, down = line("v399", "came_from", 20), line("v0", "led_to", 20)
+    assert [one.id for one in up] == [f"v{n}" for n in range(399, 378, -1)]
+    assert [one.id for one in down] == [f"v{n}" for n in range(21)]
+    for found in (up, down, line("v399", "came_from", 10_000), line("v0", "led_to", 10_000)):
+        assert all(one.note == "candidate" for one in found)
+        assert [one.more for one in found] == [0] * (len(found) - 1) + [1]
+    assert [one.more for one in line("v9", "came_from", 20)] == [0] * 10
 
 
 def test_only_published_versions_serve_and_each_change_is_kept(store: Store) -> None:

@@ -79,7 +79,7 @@ def test_a_turn_comes_back_with_its_steps(store: Store, conversation: str) -> No
     assert timedelta(0) <= datetime.now(UTC) - turn.created_at < timedelta(minutes=1)
     assert turn.finished_at is not None
     assert turn.finished_at.utcoffset() == timedelta(0)
-    assert store.turn_of_request("chatcmpl-1") == turn_id
+    assert turn.request_id == "chatcmpl-1"
 
 
 TOKENS = st.lists(st.tuples(st.integers(-(2**31), 2**31 - 1), st.floats(width=32), st.integers(0, 255)), max_size=50)
@@ -190,7 +190,6 @@ def test_what_is_not_there_is_named(store: Store) -> None:
             lambda: store.add_outcome("turn_x", "person", 1.0),
             lambda: store.add_task(ASK, "math", "1", "math", "client", turn_id="turn_x"),
         ],
-        "": [lambda: store.turn_of_request("")],
     }
     for name, attempts in calls.items():
         for attempt in attempts:

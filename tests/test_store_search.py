@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import event
 
 from feedback_store import InvalidRecord, Store
 from feedback_store.database import parse_location
 from feedback_store.migrate import bring_up_to_date
+from feedback_store.selection import Selection
 
 ASKED = '[{"role": "user", "content": "number%d"}]'
 
@@ -33,7 +35,7 @@ def say(store: Store, owner: str, question: str, answer: str, title: str = "") -
 
 
 def found(store: Store, query: str, owner: str | None = None) -> list[str]:
-    return [hit.conversation.id for hit in store.search_conversations(query, owner)]
+    return [one.id for one in store.find_conversations(Selection(owner=owner, search=query))]
 
 
 def test_questions_answers_and_titles_are_found(store: Store) -> None:
@@ -44,13 +46,59 @@ def test_questions_answers_and_titles_are_found(store: Store) -> None:
     assert found(store, "german") == [second]
     assert found(store, "odyssey schiller") == []
     assert found(store, "homer", "bob") == [], "another owner's"
-    (hit,) = store.search_conversations("homer")
-    assert hit.excerpt == "Who wrote the Odyssey? Homer did."
+    assert store.excerpts("homer", [first, second]) == {first: "Who wrote the Odyssey? Homer did."}
     store.rename_conversation(second, "Drama")
     assert found(store, "german") == []
     assert found(store, "drama") == [second]
     assert [c.id for c in store.conversations_page("ada", 10, search="homer")] == [first]
     assert store.conversations_page("ada", 10, after=first, search="homer") == []
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["3.14", "14", "example", "example.com", "http://example.com/path", "mail", "user@mail.org", "half-life", "life",
+     "c:\\\\temp", "temp", "-273", "1,5", "naïve…", "word", "größe", "ⅷ", "東京", "snake_case"],
+)  # fmt: skip
+def test_signs_do_not_join_words(store: Store, query: str) -> None:
+    said = (
+        "Pi is 3.14, see http://example.com/path or user@mail.org: half-life of c:\\\\temp at -273 or 1,5; naïve…\u00a0"
+        "«word»—Größe\u00d72 ⅷ、東京。snake_case"
+    )
+    conversation = say(store, "ada", said, "")
+    say(store, "ada", "something else", "")
+    assert found(store, query) == [conversation]
+
+
+def test_a_search_goes_with_the_other_filters(store: Store) -> None:
+    conversations = [say(store, "ada", f"The rate of {n}", "high", "Money" if n == 1 else "") for n in range(3)]
+    for n, version in ((0, "v1"), (1, "v2")):
+        store.begin_turn(conversations[n], [{"role": "user", "content": "And later?"}], version, [])
+
+    def ids(**filters: str) -> list[str]:
+        return [one.id for one in store.find_conversations(Selection(**filters))]
+
+    assert set(ids(search="rate", version="v0")) == set(conversations)
+    assert ids(search="later", version="v1") == conversations[:1]
+    assert ids(search="rate", version="v1") == [], "another turn of it has the word"
+    assert ids(search="money", version="v2") == [conversations[1]], "the title is every turn's"
+    assert [one.id for one in store.find_conversations(Selection(search="rate"), 1)] == conversations[1:2]
+    said = store.excerpts("high rate", conversations)
+    assert said == {id: f"The rate of {n} high" for n, id in enumerate(conversations)}
+
+
+def test_a_search_s_statements_do_not_grow_with_what_it_finds(store: Store) -> None:
+    seen: list[str] = []
+    event.listen(store._engine, "before_cursor_execute", lambda *call: seen.append(call[2]))
+
+    def statements(n: int) -> int:
+        seen.clear()
+        shown = store.find_conversations(Selection(search="rate"), n)
+        assert len(store.excerpts("rate", [one.id for one in shown])) == n
+        return len(seen)
+
+    for n in range(40):
+        say(store, "ada", f"The rate of {n}", "high")
+    assert statements(40) == statements(2)
 
 
 def test_a_question_is_found_while_its_answer_is_under_way(store: Store) -> None:
@@ -62,7 +110,9 @@ def test_a_question_is_found_while_its_answer_is_under_way(store: Store) -> None
 @pytest.mark.parametrize("query", ["", "   ", '"', "***", "-- ;", "\0", "x" * 1001])
 def test_a_query_without_words_is_refused(store: Store, query: str) -> None:
     with pytest.raises(InvalidRecord, match="word"):
-        store.search_conversations(query)
+        found(store, query)
+    with pytest.raises(InvalidRecord, match="word"):
+        store.excerpts(query, [])
 
 
 @pytest.mark.parametrize(
@@ -78,7 +128,7 @@ def test_what_is_syntax_to_the_index_is_words_here(store: Store, query: str) -> 
 @given(st.text(max_size=40))
 def test_no_query_breaks_the_search(store: Store, query: str) -> None:
     with contextlib.suppress(InvalidRecord):
-        assert store.search_conversations(query) == []
+        assert found(store, query) == []
 
 
 def test_an_old_record_is_searched_too(tmp_path: Path) -> None:
@@ -96,4 +146,4 @@ def test_an_old_record_is_searched_too(tmp_path: Path) -> None:
         )
     with Store.open(path) as store:
         assert found(store, "number1099 is1099") == ["conv_1"]
-        assert store.search_conversations("number7")[0].turn_id == "turn_0007"
+        assert store.excerpts("number7", ["conv_1"]) == {"conv_1": "number7 is7"}

@@ -117,6 +117,16 @@ def test_a_gold_ends_on_its_day_and_may_be_taught_anew(store: Store, clock: Cloc
     assert store.tasks("review")[0].gold == "1"
 
 
+def test_a_time_without_a_zone_is_refused(store: Store, clock: Clock) -> None:
+    naive = (clock.time + timedelta(days=1)).replace(tzinfo=None)
+    with pytest.raises(InvalidRecord, match="no time zone"):
+        teach(store, "ada", "1", "Who leads?", expires_at=naive)
+    with pytest.raises(InvalidRecord, match="no time zone"):
+        store.add_key("laptop", ["chat"], naive)
+    assert not store.tasks()
+    assert not store.api_keys()
+
+
 def test_a_person_decides_and_takes_it_back(store: Store) -> None:
     teach(store, "ada", "1")
     teach(store, "bob", "2")

@@ -78,7 +78,8 @@ def told(span: ReadableSpan) -> dict[str, Any]:
 async def test_a_request_an_answer_its_generations_and_its_tools(world: World, stream: bool) -> None:
     response = await world.chat({**SUM, "stream": stream, "seed": 5, "stop": ["\n\n\n"]}, **CLIENTS)
     assert response.status_code == 200
-    turn = world.store.turn(world.store.turn_of_request("order-42"))
+    turn = world.store.turn(world.store.turns()[0].id)
+    assert turn.request_id == "order-42"
     server, agent, first, tool, second = world.spans()
     assert [span.name for span in (server, agent, first, tool, second)] == [
         "POST /v1/chat/completions", "invoke_agent whetstone", "chat whetstone", "execute_tool code", "chat whetstone",

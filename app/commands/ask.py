@@ -7,7 +7,6 @@ import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from app.commands import console
 from app.commands.console import AsJson
@@ -57,9 +56,9 @@ async def _ask(settings: Settings, question: str, version: str | None, as_json: 
                 async for event in events:
                     match event:
                         case ToolCall(tool, text) if not as_json:
-                            console.out.print(f"[dim]{tool}>[/] {escape(text)}")
+                            console.out.print(f"[dim]{tool}>[/] {console.escaped(text)}")
                         case ToolResult(observation) if not as_json:
-                            console.out.print(f"[dim]{escape(observation.text)}[/]")
+                            console.out.print(f"[dim]{console.escaped(observation.text)}[/]")
                         case AnswerText():
                             status.stop()
                         case Finished():
@@ -76,8 +75,10 @@ def _show(finished: Finished, as_json: bool) -> None:
         answered.feed(finished)
         console.print_json(wire.completion([answered]).model_dump(exclude_unset=True))
         return
-    console.out.print(escape(finished.trajectory.answer) or "[dim]The model gave no answer.[/]")
+    console.out.print(console.escaped(finished.trajectory.answer) or "[dim]The model gave no answer.[/]")
     for source in sources_of(finished.trajectory):
         whose = source.url or source.source
-        console.out.print(f"[dim]{source.number}. {escape(f'{source.title} ({whose})' if whose else source.title)}[/]")
+        console.out.print(
+            f"[dim]{source.number}. {console.escaped(f'{source.title} ({whose})' if whose else source.title)}[/]"
+        )
     console.out.print(f"[dim]{finished.started.version} · {finished.started.turn_id}[/]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -21,20 +22,25 @@ if TYPE_CHECKING:
 out = Console()
 err = Console(stderr=True)
 
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but tabs and line ends
+_UNQUOTED = re.compile("[\x7f-\x9f]")  # controls that JSON lets stand
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, default=_plain, ensure_ascii=False, indent=2))
+    told = json.dumps(value, default=_plain, ensure_ascii=False, indent=2)
+    typer.echo(_UNQUOTED.sub(lambda found: f"\\u{ord(found[0]):04x}", told))
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], empty: str) -> None:
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], empty: str, whole: str = "") -> None:
+    """`whole`: a column, of ids, that isn't cut or wrapped to fit a narrow terminal."""
     if not rows:
         out.print(empty, style="dim")
         return
     shown = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
     for column in columns:
-        shown.add_column(column)
+        shown.add_column(column, no_wrap=column == whole, overflow="fold")
     for row in rows:
         shown.add_row(*[_cell(value) for value in row])
     out.print(shown)
@@ -86,8 +92,13 @@ def _cell(value: object) -> str:
     return escaped(str(value))
 
 
+def printable(text: str) -> str:
+    """`text` without control characters: what users said may not steer an operator's terminal."""
+    return _CONTROLS.sub("", text)
+
+
 def escaped(text: str) -> str:
-    """`text` as rich shows it as it is."""
+    """`text`, printable, as rich shows it as it is."""
     from rich.markup import escape
 
-    return escape(text)
+    return escape(printable(text))

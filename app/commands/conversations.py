@@ -38,20 +38,17 @@ def list_conversations(
     from feedback_store.selection import Selection
 
     begun = None if since is None else since.replace(tzinfo=UTC)
-    selection = Selection(owner, cast("Judged | None", outcome), version, tool, begun)  # the store names a wrong one
-    excerpts: dict[str, str] = {}
+    judged = cast("Judged | None", outcome)  # the store names a wrong one
+    selection = Selection(owner, judged, version, tool, begun, search=search)
     with console.opened_store() as store:
-        found = store.find_conversations(selection, limit if search is None else None)
-        if search is not None:
-            hits = {hit.conversation.id: hit.excerpt for hit in store.search_conversations(search, owner, 10_000)}
-            found = [one for one in found if one.id in hits][:limit]
-            excerpts = {one.id: hits[one.id] for one in found}
+        found = store.find_conversations(selection, limit)
+        excerpts = {} if search is None else store.excerpts(search, [one.id for one in found])
     if as_json:
-        console.print_json([vars(one) | ({"excerpt": excerpts[one.id]} if excerpts else {}) for one in found])
+        console.print_json([vars(one) | ({"excerpt": excerpts[one.id]} if one.id in excerpts else {}) for one in found])
         return
     rows = [(one.id, one.owner, one.turns, one.updated_at, excerpts.get(one.id, one.title)) for one in found]
     columns = ("conversation", "owner", "turns", "last used", "found" if search else "title")
-    console.table("Conversations", columns, rows, "There is no such conversation.")
+    console.table("Conversations", columns, rows, "There is no such conversation.", "conversation")
 
 
 @conversations.command("show")
@@ -74,7 +71,7 @@ def show(
         for step in turn["steps"]:
             _print_step(step)
         answer = turn["answer"] or f"({turn['status']}) {turn['error']}"
-        say(f"[bold green]{turn['version']}[/]\n{console.escaped(answer)}", highlight=False)
+        say(f"[bold green]{console.escaped(turn['version'])}[/]\n{console.escaped(answer)}", highlight=False)
         for verdict in turn["outcomes"]:
             gold = f", right: {verdict['gold']}" if verdict["gold"] else ""
             line = (
@@ -111,7 +108,9 @@ def _print_step(step: dict[str, Any]) -> None:
     if step["thought"]:
         say(f"[dim]{console.escaped(step['thought'])}[/]", highlight=False)
     if step["observation"] is not None:
-        say(f"[yellow]{step['observation'].tool}[/]\n{console.escaped(step['input'])}", highlight=False)
+        say(
+            f"[yellow]{console.escaped(step['observation'].tool)}[/]\n{console.escaped(step['input'])}", highlight=False
+        )
         say(f"[yellow]→[/] {console.escaped(step['observation'].text)}", highlight=False)
     if "token_ids" in step:
         say(f"[dim]{step['token_ids']}\n{[round(p, 3) for p in step['logprobs']]}\n{step['mask']}[/]", highlight=False)

@@ -93,16 +93,15 @@ def forget(
     May be repeated: what an earlier try left unfinished is finished.
     """
     with console.opened_store() as store:
-        is_conversation, name = _whose(store, what)
+        is_conversation = re.fullmatch(r"conv_\w+", what) is not None
 
         def erase(dry: bool) -> Erased:
-            of = {"conversation": name} if is_conversation else {"owner": name}
-            return store.erase(**of, dry_run=dry)
+            return store.erase(conversation=what, dry_run=dry) if is_conversation else _erase_owners(store, what, dry)
 
         plan = erase(True)
         if not dry_run and not yes:
-            kind = "Conversation" if is_conversation else "Owner"
-            console.err.print(f"{kind} {name}: {_sum(plan)}.", highlight=False)
+            named = f"Conversation {what}" if is_conversation else f"Owner {', '.join(_owners(store, what))}"
+            console.err.print(f"{console.escaped(named)}: {_sum(plan)}.", highlight=False)
             typer.confirm("Erase it for good?", abort=True, err=True)
         _finish(store, plan if dry_run else erase(False), dry_run, as_json)
 
@@ -115,7 +114,7 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Erase conversations that are older. Versions that have learnt from them stay as they are."""
-    before = datetime.now(UTC) - _age(older_than)
+    before = _before(older_than)
     with console.opened_store() as store:
         plan = store.expire(before, dry_run=True)
         if not dry_run and not yes:
@@ -143,29 +142,43 @@ def consent(
             rows = [(one.owner, _use(one.training), one.at) for one in said]
             console.table("Consent", ("owner", "use", "since"), rows, f"Nobody said anything: all are for {default}.")
             return
-        _, name = _whose(store, owner)
-        withdrawn = None if training is None else store.set_consent(name, training)
-        now = store.consent(name)
+        names = _owners(store, owner)
+        withdrawn = [] if training is None else [store.set_consent(name, training) for name in names]
+        now = [store.consent(name) for name in names]
     if as_json:
-        console.print_json({"consent": now, "withdrawn": withdrawn})
+        console.print_json({"consents": now, "withdrawn": None if training is None else withdrawn})
         return
-    console.out.print(f"{now.owner}: {_use(now.training)}{'' if now.at else ', by default'}.", highlight=False)
-    if withdrawn is not None and (withdrawn.deleted or withdrawn.emptied):
-        console.out.print(f"{withdrawn.deleted + withdrawn.emptied} waiting tasks were withdrawn.")
-    if withdrawn is not None and withdrawn.held:
-        console.out.print(f"A run under way works on {withdrawn.held} more; no later one will.")
+    for its in now:
+        line = f"{console.escaped(its.owner)}: {_use(its.training)}{'' if its.at else ', by default'}."
+        console.out.print(line, highlight=False)
+    if gone := sum(one.deleted + one.emptied for one in withdrawn):
+        console.out.print(f"{gone} waiting tasks were withdrawn.")
+    if held := max((one.held for one in withdrawn), default=0):  # each counts all owners'
+        console.out.print(f"A run under way works on {held} more; no later one will.")
 
 
 def _use(training: bool) -> str:
     return "service and training" if training else "service only"
 
 
-def _whose(store: Store, what: str) -> tuple[bool, str]:
-    """Whether it is a conversation's id, and the id or the owner's name; a key's name means its owner."""
-    if re.fullmatch(r"conv_\w+", what):
-        return True, what
-    named = {key.name: key.owner for key in store.api_keys()}
-    return False, named.get(what, what)
+def _owners(store: Store, name: str) -> list[str]:
+    """An owner by name; a key's name means the owners of every key that has it, revoked ones included."""
+    return [key.owner for key in store.api_keys() if key.name == name] or [name]
+
+
+def _erase_owners(store: Store, name: str, dry_run: bool) -> Erased:
+    from feedback_store import Erased, NotFound
+
+    total, known = Erased(dry_run=dry_run), False
+    for owner in _owners(store, name):
+        try:
+            total.add(store.erase(owner=owner, dry_run=dry_run))
+            known = True
+        except NotFound:  # a key with which nothing was said
+            continue
+    if not known:
+        raise NotFound("owner", name)
+    return total
 
 
 def _finish(store: Store, erased: Erased, dry_run: bool, as_json: bool) -> None:
@@ -204,7 +217,11 @@ def _tell(erased: Erased, swept: Swept, copies: Sequence[Path]) -> None:
     elif erased.in_service_tainted:
         say(f"{erased.in_service_tainted} is in service, and no published version that it comes from is clean.")
     if copies:
-        say("Not covered, delete them yourself: " + ", ".join(map(str, copies)), soft_wrap=True, style="dim")
+        say(
+            "Not covered, delete them yourself: " + console.escaped(", ".join(map(str, copies))),
+            soft_wrap=True,
+            style="dim",
+        )
     if not erased.dry_run and not swept.unfinished:
         say(f"Swept: {swept.conversations} conversations' files, {swept.runs} run folders, the database.", style="dim")
 
@@ -217,11 +234,15 @@ def _sum(erased: Erased) -> str:
     )
 
 
-def _age(text: str) -> timedelta:
+def _before(text: str) -> datetime:
+    """The moment that is an age ago."""
     found = re.fullmatch(r"(\d{1,5})([dwy])", text.strip())
     if found is None:
         raise typer.BadParameter(f"{text!r} is no age: give a number with d, w or y, such as 90d.")
-    return timedelta(days=int(found[1]) * {"d": 1, "w": 7, "y": 365}[found[2]])
+    try:
+        return datetime.now(UTC) - timedelta(days=int(found[1]) * {"d": 1, "w": 7, "y": 365}[found[2]])
+    except OverflowError:
+        raise typer.BadParameter(f"{text!r} is before the first year: give a smaller number.") from None
 
 
 def _counts(states: dict[str, int]) -> str:
@@ -229,9 +250,8 @@ def _counts(states: dict[str, int]) -> str:
 
 
 def _named(trace: Trace) -> str:
-    from rich.markup import escape
-
-    return f"{trace.kind} [bold]{escape(trace.id)}[/]" + (f" [dim]{escape(trace.note)}[/]" if trace.note else "")
+    note = f" [dim]{console.escaped(trace.note)}[/]" if trace.note else ""
+    return f"{trace.kind} [bold]{console.escaped(trace.id)}[/]{note}"
 
 
 def _grow(branch: Tree, trace: Trace) -> None:

@@ -47,7 +47,8 @@ def export(
 
     if service_only and format != "raw":
         raise console.fail("--include-service-only goes with --format raw: the other formats are for training.")
-    file = path if path.suffix in (".jsonl", ".parquet") else path / f"{format}.{'parquet' if parquet else 'jsonl'}"
+    to_folder = path.is_dir() or not path.suffix  # of another name that ends like a file's, the export says so
+    file = path / f"{format}.{'parquet' if parquet else 'jsonl'}" if to_folder else path
     begun, ended = (moment and moment.replace(tzinfo=UTC) for moment in (since, until))
     selection = Selection(owner, cast("Judged | None", outcome), version, None, begun, ended, not service_only)
     from rich.progress import Progress
@@ -65,6 +66,7 @@ def export(
     if as_json:
         console.print_json(done)
         return
-    console.out.print(f"{done.rows} rows in {done.file}", highlight=False, soft_wrap=True)
+    said = f"{done.rows} rows in {console.escaped(str(done.file))}" if done.rows else "0 rows: no file was written."
+    console.out.print(said, highlight=False, soft_wrap=True)
     for reason, n in done.left_out.items():
-        console.out.print(f"{n} left out: {reason}", style="dim", highlight=False)
+        console.out.print(f"{n} left out: {console.escaped(reason)}", style="dim", highlight=False)

@@ -165,7 +165,9 @@ def _try(library: LocalIndex | None, query: str | None) -> None:
     except BackendUnavailable as error:
         raise console.fail(str(error)) from None
     for hit in hits:
-        console.out.print(f"{hit.title}  [{hit.url or hit.source}]", style="bold", highlight=False, markup=False)
-        console.out.print(f"  {hit.text[:200]}", highlight=False, markup=False)
+        console.out.print(
+            console.printable(f"{hit.title}  [{hit.url or hit.source}]"), style="bold", highlight=False, markup=False
+        )
+        console.out.print(console.printable(f"  {hit.text[:200]}"), highlight=False, markup=False)
     if not hits:
         console.out.print("Nothing found.", style="dim")

@@ -38,7 +38,8 @@ def add(
     if as_json:
         console.print_json({"key": key} | _shown(made))
         return
-    console.err.print(f"The key of {made.name} ({made.owner}), for {', '.join(made.scopes)}. Keep it: it isn't stored.")
+    named = f"{console.escaped(made.name)} ({made.owner})"
+    console.err.print(f"The key of {named}, for {', '.join(made.scopes)}. Keep it: it isn't stored.")
     if first:
         console.err.print("It is the first: from now on every caller needs one. Restart a running server for its chat.")
     typer.echo(key)
@@ -65,7 +66,7 @@ def revoke(name: Name) -> None:
     """End a key for good. A running server refuses it within seconds; what was said with it stays in the record."""
     with console.opened_store() as store:
         ended = store.revoke_key(name)
-    console.out.print(f"The key of [bold]{ended.name}[/] ({ended.owner}) is revoked.")
+    console.out.print(f"The key of [bold]{console.escaped(ended.name)}[/] ({ended.owner}) is revoked.")
 
 
 @keys.command("forget")

@@ -38,7 +38,7 @@ def list_tasks(context: typer.Context, as_json: AsJson = False, limit: Limit = 2
     rows = [(task.id, task.kind, task.source, task.gold, _line(task.messages)) for task in waiting]
     counts = ", ".join(f"{stats[state]} {state}" for state in _STATES)
     empty = "Nothing waits for training: an answer that is corrected or verified puts its question there."
-    console.table(f"Queue: {counts}", ("task", "verifier", "from", "gold", "question"), rows, empty)
+    console.table(f"Queue: {counts}", ("task", "verifier", "from", "gold", "question"), rows, empty, "task")
     if not rows and any(stats[state] for state in _STATES):
         console.out.print(f"Queue: {counts}", style="dim")
 
@@ -58,7 +58,7 @@ def list_reviews(context: typer.Context, as_json: AsJson = False, limit: Limit =
         for one in found
     ]
     empty = "Nothing waits for a person."
-    console.table("Review", ("question", "asked", "golds (trust)", "why"), rows, empty)
+    console.table("Review", ("question", "asked", "golds (trust)", "why"), rows, empty, "question")
 
 
 @review.command("show")
@@ -117,7 +117,7 @@ def add(owner: AnOwner, reason: Reason = "by hand") -> None:
     with console.opened_store() as store:
         store.quarantine(owner, getpass.getuser(), reason)
         waiting = store.queue_stats()["review"]
-    console.out.print(f"[bold]{owner}[/] is in quarantine. Tasks that wait for review: {waiting}.")
+    console.out.print(f"[bold]{console.escaped(owner)}[/] is in quarantine. Tasks that wait for review: {waiting}.")
 
 
 @quarantine.command("lift")
@@ -125,7 +125,7 @@ def lift(owner: AnOwner, reason: Reason = "by hand") -> None:
     """An owner's golds count again, as they did before."""
     with console.opened_store() as store:
         store.lift_quarantine(owner, getpass.getuser(), reason)
-    console.out.print(f"The golds of [bold]{owner}[/] count again.")
+    console.out.print(f"The golds of [bold]{console.escaped(owner)}[/] count again.")
 
 
 @queue.command("dead")
@@ -137,7 +137,7 @@ def dead(as_json: AsJson = False, limit: Limit = 20) -> None:
         console.print_json(found)
         return
     rows = [(one.task.id, one.task.attempts, one.reason, one.at, _line(one.task.messages)) for one in found]
-    console.table("Dead letter", ("task", "failures", "the last", "at", "question"), rows, "No task is dead.")
+    console.table("Dead letter", ("task", "failures", "the last", "at", "question"), rows, "No task is dead.", "task")
 
 
 @queue.command("requeue")
@@ -169,8 +169,9 @@ def audit(
 
 def _show(found: Review) -> None:
     decided = f" Decided by {found.decided_by}." if found.basis == "review" else ""
-    console.out.print(f"{found.id}: {_line(found.messages, 400)}", highlight=False, markup=False)
-    console.out.print(f"{found.reason}.{decided}" if found.reason else decided.strip(), style="dim", markup=False)
+    console.out.print(console.escaped(f"{found.id}: {_line(found.messages, 400)}"), highlight=False)
+    why = f"{found.reason}.{decided}" if found.reason else decided.strip()
+    console.out.print(console.escaped(why), style="dim")
     rows = [
         (gold.gold, f"{gold.trust:.2f}", ", ".join(f"{who or '-'} {trust:.1f}" for who, trust in gold.owners.items()),
          ", ".join(gold.states), " ".join(gold.task_ids))

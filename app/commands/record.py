@@ -116,7 +116,7 @@ def runs(as_json: AsJson = False, limit: Annotated[int, typer.Option(min=1, help
         for run in known
     ]  # fmt: skip
     columns = ("run", "recipe", "status", "stage", "started", "finished")
-    console.table("Runs", columns, rows, "No runs yet: `whetstone train --once` makes one.")
+    console.table("Runs", columns, rows, "No runs yet: `whetstone train --once` makes one.", "run")
 
 
 def _moved(conversations: int) -> str:

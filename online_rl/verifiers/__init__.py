@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from feedback_store.records import RIGHT
 from online_rl.verifiers import approximate, em, exact, f1, math_answer, no_tool, numeric
-from online_rl.verifiers.base import RIGHT, Score, ValidationReport, Verifier
+from online_rl.verifiers.base import Score, ValidationReport, Verifier
 from online_rl.verifiers.gold_key import gold_key
 
 __all__ = [

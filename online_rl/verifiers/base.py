@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-RIGHT = 0.9
-"""A score above this counts as right: `acc` in the paper's code (arXiv 2510.07038)."""
+from feedback_store.records import RIGHT
+
 MAX_ANSWER_CHARS = 20_000
 """A longer answer is wrong unread, which bounds the time that any text can cost."""
 

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from alembic import op
 
 from feedback_store.errors import StoreError
-from feedback_store.search import turn_text
+from feedback_store.search import turn_text, vector_of
 
 revision = "0007"
 down_revision = "0006"
@@ -76,8 +76,7 @@ def upgrade() -> None:
         for statement in _SQLITE_INDEX:
             op.execute(statement)
     else:
-        plain = "regexp_replace(normalize(text, NFKD), '[\u0300-\u036f]', '', 'g')"
-        op.execute(f"CREATE INDEX search_index ON search_texts USING gin (to_tsvector('simple', {plain}))")
+        op.execute(f"CREATE INDEX search_index ON search_texts USING gin ({vector_of('text')})")
     _index_turns(connection)
 
 
