@@ -8,7 +8,9 @@ from typing import TypeVar
 
 from sqlalchemy import Connection, delete, select, update
 
-from feedback_store.schema import outcomes, questions, run_tasks, task_origins, tasks
+from feedback_store.schema import outcomes, run_tasks, task_origins, tasks
+from feedback_store.settling import drop_unasked
+from feedback_store.votes import delete_votes
 
 CHUNK = 500  # ids in one statement
 T = TypeVar("T")
@@ -19,9 +21,11 @@ def chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:
         yield items[start : start + CHUNK]
 
 
-def withdraw(connection: Connection, task_ids: Sequence[str], now: datetime) -> tuple[int, int]:
-    """How many tasks were deleted and how many emptied. Those that a run has claimed are emptied (state `withdrawn`,
-    no messages, no gold): which run used them stays known. The same question may be asked for again, as a new task.
+def withdraw(connection: Connection, task_ids: Sequence[str], now: datetime) -> tuple[int, int, set[str]]:
+    """How many tasks were deleted and how many emptied, and the questions, which are to be decided anew.
+
+    Those that a run has claimed are emptied (state `withdrawn`, no messages, no gold): which run used them stays known.
+    The same question may be asked for again, as a new task.
     """
     emptied = 0
     hashes: set[str] = set()
@@ -44,7 +48,9 @@ def withdraw(connection: Connection, task_ids: Sequence[str], now: datetime) -> 
                     gold="",
                     question_hash="",
                     gold_key="",
+                    hold="",
                     reason="",
+                    expires_at=None,
                     owner="",
                     state="withdrawn",
                     run_id=None,
@@ -52,10 +58,9 @@ def withdraw(connection: Connection, task_ids: Sequence[str], now: datetime) -> 
                     updated_at=now,
                 )
             )
-        connection.execute(delete(task_origins).where(task_origins.c.task_id.in_(some)))
+        delete_votes(connection, task_origins.c.task_id.in_(some), now, rights=False)
         connection.execute(update(outcomes).where(outcomes.c.task_id.in_(some)).values(task_id=None))
         connection.execute(delete(tasks).where(tasks.c.id.in_([id for id in some if id not in used])))
-    for some in chunks(sorted(hashes)):  # of a question that nobody asks any more, not even its gold stays
-        asked = select(tasks.c.id).where(tasks.c.question_hash == questions.c.hash).exists()
-        connection.execute(delete(questions).where(questions.c.hash.in_(some), ~asked))
-    return len(task_ids) - emptied, emptied
+    for some in chunks(sorted(hashes)):
+        drop_unasked(connection, some)
+    return len(task_ids) - emptied, emptied, hashes
