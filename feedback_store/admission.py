@@ -18,7 +18,7 @@ from feedback_store.gold import Policy, plain_key, question_hash
 from feedback_store.ids import new_id
 from feedback_store.postgres import hold_owner
 from feedback_store.records import Became, Message
-from feedback_store.schema import task_origins, tasks
+from feedback_store.schema import outcomes, task_origins, tasks, turns
 from feedback_store.settling import decide, drop_unasked, lock_question, name_again
 from feedback_store.votes import quarantined
 
@@ -34,6 +34,9 @@ NOTES: Final[dict[Became, str]] = {
     "quarantined": "It trains nothing until a person has looked: earlier golds of this owner contradicted known ones.",
     "expired": "It trains nothing: {reason}.",
 }
+
+
+_RETOLD_BY = 100  # origins, of which one may have the task's words
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,31 @@ def put_task(
     decide(connection, [digest], policy, now, owners=[gold.owner])
     became, note = _told(connection, task_id, gold.owner, created, reopened)
     return Admission(task_id, created, became, note)
+
+
+def retell(connection: Connection, task_id: str) -> None:
+    """Gives a task that several asked for, alike but not the same, the words of one who still does: those of its turn
+    and its outcome. They stay where someone's are the task's own, or nobody's are in the record."""
+    task = connection.execute(
+        select(tasks.c.messages, tasks.c.verifier, tasks.c.gold).where(tasks.c.id == task_id)
+    ).one()
+    look = (
+        select(turns.c.messages, outcomes.c.verifier, outcomes.c.gold)
+        .select_from(task_origins.join(turns, turns.c.id == task_origins.c.turn_id))
+        .join(outcomes, (outcomes.c.turn_id == turns.c.id) & (outcomes.c.task_id == task_origins.c.task_id))
+        .where(task_origins.c.task_id == task_id, outcomes.c.owner == task_origins.c.owner, outcomes.c.gold != "")
+        .order_by(task_origins.c.id, outcomes.c.id)
+        .limit(_RETOLD_BY)
+    )
+    said = [(row.messages, row.verifier, row.gold) for row in connection.execute(look)]
+    if not said or tuple(task) in said:
+        return
+    messages, verifier, gold = said[0]
+    digest = content_hash(messages, verifier, gold)
+    if connection.execute(select(tasks.c.id).where(tasks.c.content_hash == digest)).first() is not None:
+        digest = hashlib.sha256(f"{digest} {task_id}".encode()).hexdigest()  # another task has exactly these words
+    told = {"messages": messages, "verifier": verifier, "gold": gold, "content_hash": digest}
+    connection.execute(update(tasks).where(tasks.c.id == task_id).values(told))
 
 
 def _same(connection: Connection, messages: Sequence[Message], gold: Gold, digest: str, key: str) -> Any | None:

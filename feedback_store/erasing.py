@@ -23,6 +23,7 @@ from sqlalchemy import (
     update,
 )
 
+from feedback_store.admission import retell
 from feedback_store.errors import InvalidRecord
 from feedback_store.ids import owner_hash
 from feedback_store.presence import lives
@@ -278,8 +279,9 @@ class Work:
             others |= {
                 row.task_id: row.owner for row in self._connection.execute(left.order_by(task_origins.c.id.desc()))
             }
-        for task_id, owner in others.items():  # by whom it was asked first isn't told any more
+        for task_id, owner in others.items():  # by whom it was asked first, and in which words, isn't told any more
             self._connection.execute(update(tasks).where(tasks.c.id == task_id).values(owner=owner))
+            retell(self._connection, task_id)
         alone = [task_id for task_id in asked if task_id not in others]
         self.erased.tasks_kept += len(others)
         self._note_uses({task_id: self._askers.get(task_id, set()) | asked[task_id] for task_id in alone})

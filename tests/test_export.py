@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,26 @@ def test_prompts_come_with_verifier_and_gold_and_pairs_are_of_one_task(store: St
     (pair,) = exported(store, tmp_path / "q.jsonl", "trl-preference")
     assert (pair["chosen"][0]["content"], pair["rejected"][0]["content"]) == ("4", "5")
     assert pair["prompt"] == prompt["prompt"]
+
+
+def test_golds_that_arent_to_be_trained_on_are_counted_and_left_out(store: Store, tmp_path: Path) -> None:
+    answer(store, "bob", "Is it so?", "no", 0.0, "yes")
+    answer(store, "ann", "Is it so?", "yes", 0.0, "no")
+    for name in ("ann", "bob", "cid"):
+        answer(store, name, "How many?", "3", 1.0, "3")
+    answer(store, "dan", "How many?", "4", 1.0, "4")
+    turn = answer(store, "ada", "Who leads?", "me")
+    ends = datetime.now(UTC) + timedelta(days=1)
+    store.add_outcome(turn, "client", 0.0, "exact", "Ann", owner="ada", expires_at=ends)
+    store._now = lambda: ends
+    for format in ("trl-grpo", "trl-preference"):
+        done = export(store, tmp_path / f"{format}.jsonl", format, Selection(consenting=True))
+        held = {reason: n for reason, n in done.left_out.items() if "gold" in reason}
+        assert held == {"its gold waits for review": 2, "its gold was rejected": 1, "its gold has expired": 1}
+        said = (tmp_path / f"{format}.jsonl").read_text()
+        assert "2 + 2" in said
+        assert "Is it so" not in said
+        assert '"gold": "4"' not in said.replace("2 + 2", "").split("How many", 1)[-1]
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import select
 
 from feedback_store import InvalidRecord, NotFound, Outcome, Policy, Store
-from feedback_store.admission import Gold, put_task
+from feedback_store.admission import Gold, content_hash, put_task
 from feedback_store.gold import Vote, question_hash, weigh
 from feedback_store.schema import questions
 from feedback_store.votes import last_votes
@@ -398,3 +398,23 @@ def test_no_gold_slips_past_a_quarantine_that_is_being_made(store: Store) -> Non
         assert barring.is_alive(), "it waits until that gold is in"
     barring.join(60)
     assert {task.state for task in store.tasks()} == {"review"}
+
+
+def test_a_task_is_told_in_the_words_of_those_who_still_ask_for_it(store: Store) -> None:
+    first = teach(store, "ada", "8849", "how  HIGH, dear?", source="client")
+    store.finish_turn(first.turn_id, "", "done")
+    again = teach(store, "bob", "8,849.0", "How high, dear?", source="client")
+    assert again.task_id == first.task_id
+    before = store.task(first.task_id or "").content_hash
+    store.erase(owner="ada")
+    (task,) = store.tasks()
+    assert (task.owner, task.gold, task.messages[0]["content"]) == ("bob", "8,849.0", "How high, dear?")
+    assert task.content_hash == content_hash(task.messages, "numeric", "8,849.0") != before
+
+
+def test_names_and_tool_calls_make_another_question() -> None:
+    plain = {"role": "user", "content": "How high?"}
+    called = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    asked = [[plain], [plain | {"name": "Ada"}], [plain, called], [plain, called | {"tool_calls": [{"id": "x"}]}]]
+    assert len({question_hash(messages) for messages in asked}) == 4
+    assert question_hash([plain | {"content": "how HIGH"}]) == question_hash([plain])
