@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, and_, func, or_, select
 
-from feedback_store.database import again_after_conflicts, many_transactions
+from feedback_store.database import again_after_conflicts, in_several_transactions
 from feedback_store.guards import HELD_OUT, NEAR_DUPLICATE, OVER_SHARE, Guards, fair_share
 from feedback_store.queue import Queue, give_up_claims, may_be_claimed
 from feedback_store.records import Batch, Message
@@ -23,7 +23,7 @@ _TRIES = 3  # where other runs took the planned tasks meanwhile
 
 
 class Claims(Queue):
-    @many_transactions
+    @in_several_transactions
     def claim_batch(
         self, run_id: str, n: int, guards: Guards, lease_seconds: float = 3600, unused: Collection[str] = ()
     ) -> Batch:

@@ -81,13 +81,6 @@ def connect_to(
     return engine
 
 
-def many_transactions(method: _Method) -> _Method:
-    """Marks a public method that is several transactions: begun anew as a whole it would lose what the first ones did,
-    so each of its parts is to be `again_after_conflicts`."""
-    method.many_transactions = True  # type: ignore[attr-defined]
-    return method
-
-
 def again_after_conflicts(method: _Method) -> _Method:
     """`method`, which is one transaction, called again when the database undid it for another one's sake."""
 
@@ -103,17 +96,23 @@ def again_after_conflicts(method: _Method) -> _Method:
     return call  # type: ignore[return-value]
 
 
+def in_several_transactions(method: _Method) -> _Method:
+    """Marks one whose parts, each a transaction, are called again by themselves: again as a whole, it would lose what
+    the first of them did."""
+    method._in_several_transactions = True  # type: ignore[attr-defined]
+    return method
+
+
 class Database:
     """The base of the store's parts. Thread-safe; a process that forks must open the store again in the child.
 
-    Each public method of a part is one transaction, or marked with `many_transactions`. One that PostgreSQL undoes,
-    because it and another wait for each other, is begun anew, so a method must read all that it decides by inside of
-    it.
+    Each public method of a part is one transaction. One that PostgreSQL undoes, because it and another wait for each
+    other, is begun anew, so a method must read all that it decides by inside of it.
     """
 
     def __init_subclass__(cls) -> None:
         for name, member in list(vars(cls).items()):
-            whole = not hasattr(member, "__wrapped__") and not hasattr(member, "many_transactions")
+            whole = not (hasattr(member, "__wrapped__") or hasattr(member, "_in_several_transactions"))
             if callable(member) and not name.startswith("_") and whole:
                 setattr(cls, name, again_after_conflicts(member))
 

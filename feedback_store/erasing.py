@@ -49,7 +49,7 @@ from feedback_store.search import put_title_text
 from feedback_store.taints import clean_ancestor, tainted_versions
 from feedback_store.uses import set_aside
 from feedback_store.versions import current_version_of
-from feedback_store.votes import delete_votes
+from feedback_store.votes import remembered
 from feedback_store.withdrawal import chunks, withdraw
 
 Askers = dict[str, set[tuple[str | None, str]]]
@@ -160,7 +160,8 @@ class Work:
         for task_id, run in self._held(list(asked)).items():
             if self._is_alone(task_id, mine):
                 raise Busy(_held(run, task_id))
-        delete_votes(self._connection, mine, self.now, rights=True)
+        with remembered(self._connection, mine, self.now, rights=True):
+            self._connection.execute(delete(task_origins).where(mine))
         self._erase_tasks(asked)
 
     def judge(self, tainted_before: set[str]) -> None:
@@ -238,8 +239,9 @@ class Work:
         for some in chunks(seen):
             unseen = tool_results.c.hash.in_(some), ~exists().where(steps.c.result_hash == tool_results.c.hash)
             found.tool_results += execute(delete(tool_results).where(*unseen)).rowcount
-        aged = self._reason == "expired"
-        delete_votes(self._connection, task_origins.c.turn_id.in_(its), self.now, rights=aged)
+        mine = task_origins.c.turn_id.in_(its)
+        with remembered(self._connection, mine, self.now, rights=self._reason == "expired"):
+            execute(delete(task_origins).where(mine))
         self._erase_tasks(asked)
         found.turns += execute(delete(turns).where(turns.c.id.in_(its))).rowcount
 

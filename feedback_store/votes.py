@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from feedback_store.gold import fingerprint
@@ -80,13 +81,14 @@ def _standing_record(connection: Connection, owner: str, since: datetime | None,
     return len(wrong), sum(wrong)
 
 
-def delete_votes(connection: Connection, which: ColumnElement[bool], now: datetime, *, rights: bool) -> None:
-    """Deletes origins of tasks. What they said against known golds goes on counting against their owners; for them
-    only with `rights`, where the owner can't repeat it at will (a right gold given and deleted often would outweigh
-    any number of wrong ones)."""
+@contextmanager
+def remembered(connection: Connection, which: ColumnElement[bool], now: datetime, *, rights: bool) -> Iterator[None]:
+    """Around a change that takes these origins of tasks out of the votes: what they said against known golds goes on
+    counting against their owners. For them only with `rights`, where the owner can't repeat it at will: a right gold
+    given and deleted often would outweigh any number of wrong ones."""
     owners = set(connection.execute(select(task_origins.c.owner).where(which).distinct()).scalars()) - {""}
     before = {owner: record_of(connection, owner, now) for owner in sorted(owners)}
-    connection.execute(delete(task_origins).where(which))
+    yield
     for owner, (judged, wrong) in before.items():
         left_judged, left_wrong = record_of(connection, owner, now)
         wrong = max(0, wrong - left_wrong)

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, delete, select, update
 
 from feedback_store.schema import outcomes, run_tasks, task_origins, tasks
 from feedback_store.settling import drop_unasked
-from feedback_store.votes import delete_votes
+from feedback_store.votes import remembered
 
 CHUNK = 500  # ids in one statement
 T = TypeVar("T")
@@ -30,37 +30,42 @@ def withdraw(connection: Connection, task_ids: Sequence[str], now: datetime) -> 
     emptied = 0
     hashes: set[str] = set()
     for some in chunks(task_ids):
-        its = select(tasks.c.question_hash).where(tasks.c.id.in_(some))
-        hashes |= set(connection.execute(its).scalars())
-        used = set(
-            connection.execute(select(run_tasks.c.task_id).where(run_tasks.c.task_id.in_(some)).distinct()).scalars()
-        )
-        emptied += len(used)
-        lapsed = run_tasks.c.task_id.in_(used) & (run_tasks.c.state == "claimed")
-        connection.execute(update(run_tasks).where(lapsed).values(state="expired", ended_at=now))
-        if used:
-            connection.execute(
-                update(tasks)
-                .where(tasks.c.id.in_(used))
-                .values(
-                    content_hash="withdrawn:" + tasks.c.id,
-                    messages=[],
-                    gold="",
-                    question_hash="",
-                    gold_key="",
-                    hold="",
-                    reason="",
-                    expires_at=None,
-                    owner="",
-                    state="withdrawn",
-                    run_id=None,
-                    lease_until=None,
-                    updated_at=now,
-                )
-            )
-        delete_votes(connection, task_origins.c.task_id.in_(some), now, rights=False)
-        connection.execute(update(outcomes).where(outcomes.c.task_id.in_(some)).values(task_id=None))
-        connection.execute(delete(tasks).where(tasks.c.id.in_([id for id in some if id not in used])))
+        hashes |= set(connection.execute(select(tasks.c.question_hash).where(tasks.c.id.in_(some))).scalars())
+        with remembered(connection, task_origins.c.task_id.in_(some), now, rights=False):
+            emptied += _withdraw(connection, some, now)
     for some in chunks(sorted(hashes)):
         drop_unasked(connection, some)
     return len(task_ids) - emptied, emptied, hashes
+
+
+def _withdraw(connection: Connection, some: Sequence[str], now: datetime) -> int:
+    """How many were emptied."""
+    used = set(
+        connection.execute(select(run_tasks.c.task_id).where(run_tasks.c.task_id.in_(some)).distinct()).scalars()
+    )
+    lapsed = run_tasks.c.task_id.in_(used) & (run_tasks.c.state == "claimed")
+    connection.execute(update(run_tasks).where(lapsed).values(state="expired", ended_at=now))
+    if used:
+        connection.execute(
+            update(tasks)
+            .where(tasks.c.id.in_(used))
+            .values(
+                content_hash="withdrawn:" + tasks.c.id,
+                messages=[],
+                gold="",
+                question_hash="",
+                gold_key="",
+                hold="",
+                reason="",
+                expires_at=None,
+                owner="",
+                state="withdrawn",
+                run_id=None,
+                lease_until=None,
+                updated_at=now,
+            )
+        )
+    connection.execute(delete(task_origins).where(task_origins.c.task_id.in_(some)))
+    connection.execute(update(outcomes).where(outcomes.c.task_id.in_(some)).values(task_id=None))
+    connection.execute(delete(tasks).where(tasks.c.id.in_([id for id in some if id not in used])))
+    return len(used)

@@ -325,10 +325,14 @@ def test_deleting_wrong_golds_doesnt_undo_them(store: Store) -> None:
 
 
 def test_withdrawing_consent_doesnt_undo_wrong_golds(store: Store) -> None:
+    for n in range(2):
+        teach(store, "mallory", "41", f"question {n}?")
+    run = store.start_run("r", {})
+    assert len(store.claim(run, 1)) == 1  # which is emptied then, while the other is deleted
+    store.release(run)
     for n in range(3):
         teach(store, TRUSTED, "42", f"question {n}?")
-        teach(store, "mallory", "41", f"question {n}?") if n < 2 else None
-    store.set_consent("mallory", False)
+    assert store.set_consent("mallory", False).emptied == 1
     store.set_consent("mallory", True)
     teach(store, "mallory", "41", "question 2?")
     assert [one.owner for one in store.quarantines()] == ["mallory"]
