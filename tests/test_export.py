@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import event
 from typer.testing import CliRunner
 
 from app.cli import app
@@ -202,3 +203,39 @@ def test_memory_does_not_grow_with_the_record(store: Store, tmp_path: Path) -> N
     large = peak(tmp_path / "large.jsonl")
     assert (tmp_path / "large.jsonl").stat().st_size > 20_000_000
     assert large < 2 * small, (small, large)
+
+
+def test_a_page_of_tasks_costs_what_it_holds(store: Store) -> None:
+    steps = [0]
+
+    def count() -> int:
+        steps[0] += 1
+        return 0
+
+    def a_page() -> int:
+        store.close()
+        with Store.open(store.where) as opened:
+            event.listen(opened._engine, "checkout", lambda raw, *_: raw.set_progress_handler(count, 100))
+            steps[0] = 0
+            (first, *_) = next(opened.practised(Selection(), page=20))
+            assert first.task.gold == "4"
+        return steps[0]
+
+    def more(n: int) -> None:
+        names = "messages, verifier, gold, kind, source, owner, state, attempts, created_at, updated_at"
+        numbers = f"WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < {n}) "
+        with Store.open(store.where) as opened, opened._write() as connection:
+            begun = connection.exec_driver_sql("SELECT count(*) FROM tasks").scalar_one()
+            connection.exec_driver_sql(
+                f"INSERT INTO tasks (id, content_hash, {names}) {numbers}"
+                f"SELECT 'task_x' || (n + {begun}), n + {begun}, {names} FROM c, (SELECT * FROM tasks LIMIT 1)"
+            )
+            connection.exec_driver_sql(
+                "INSERT INTO task_origins (task_id, turn_id, source, owner, at) SELECT t.id, o.turn_id, o.source, "
+                "o.owner, o.at FROM tasks t, (SELECT * FROM task_origins LIMIT 1) o WHERE t.id LIKE 'task_x%'"
+            )
+
+    more(200)
+    small = a_page()
+    more(3000)
+    assert a_page() < 2 * small
