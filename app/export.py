@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Format = Literal["openai", "trl-sft", "trl-grpo", "trl-preference", "raw"]
 Row = dict[str, Any]
+_HELD = {"review": "its gold waits for review", "rejected": "its gold was rejected", "expired": "its gold has expired"}
 
 
 class ExportFailed(RuntimeError):
@@ -104,7 +105,10 @@ def _rows(
         make = _prompt if format == "trl-grpo" else _preference
         for tasks in store.practised(selection):
             for task in tasks:
-                yield from make(task, redact, done)
+                if task.held:
+                    done.leave_out(_HELD[task.held])
+                else:
+                    yield from make(task, redact, done)
             read += len(tasks)
             progress(read)
         return

@@ -16,9 +16,11 @@ from feedback_store.codec import check_zone, clean
 from feedback_store.errors import InvalidRecord, QueueFull
 from feedback_store.gold import Policy, plain_key, question_hash
 from feedback_store.ids import new_id
+from feedback_store.postgres import hold_owner
 from feedback_store.records import Became, Message
-from feedback_store.schema import task_origins, tasks
-from feedback_store.settling import decide, lock_question, quarantined
+from feedback_store.schema import outcomes, task_origins, tasks, turns
+from feedback_store.settling import decide, drop_unasked, lock_question, name_again
+from feedback_store.votes import quarantined
 
 NOTES: Final[dict[Became, str]] = {
     "": "",
@@ -32,6 +34,9 @@ NOTES: Final[dict[Became, str]] = {
     "quarantined": "It trains nothing until a person has looked: earlier golds of this owner contradicted known ones.",
     "expired": "It trains nothing: {reason}.",
 }
+
+
+_RETOLD_BY = 100  # origins, of which one may have the task's words
 
 
 @dataclass(frozen=True)
@@ -78,17 +83,23 @@ def put_task(
     max_pending: int,
     now: datetime,
 ) -> Admission:
-    """Takes the gold, inside the caller's transaction; raises QueueFull or InvalidRecord before writing."""
+    """Takes the gold, inside the caller's transaction; raises QueueFull or InvalidRecord, and has written nothing."""
     check_zone(gold.expires_at, "The gold's end")
     if gold.expires_at is not None and gold.expires_at <= now:
         raise InvalidRecord(f"The gold would have expired on {gold.expires_at:%Y-%m-%d %H:%M} UTC: give a later time.")
     digest = question_hash(messages)
     key = plain_key(gold.text) if gold.key is None else gold.key
+    hold_owner(connection, gold.owner, shared=True)  # no quarantine of theirs passes by what is not yet to be seen
+    name_again(connection, gold.owner)
     lock_question(connection, digest, now)
     found = _same(connection, messages, gold, digest, key)
     task_id, created, reopened = (found.id if found else new_id("task")), False, False
     if found is None:
-        _check_room(connection, max_pending)
+        try:
+            _check_room(connection, max_pending)
+        except QueueFull:
+            drop_unasked(connection, [digest])
+            raise
         created = _insert(connection, task_id, messages, gold, digest, key, kind, now)
         if not created:
             found = _same(connection, messages, gold, digest, key)
@@ -99,18 +110,40 @@ def put_task(
         changed = {"state": "pending", "attempts": 0, "run_id": None, "lease_until": None, "updated_at": now}
         connection.execute(update(tasks).where(tasks.c.id == task_id).values(changed))
         reopened = True
-    lapsed = found is not None and found.expires_at is not None and found.expires_at <= now
-    if found is not None and (gold.expires_at is not None or lapsed):
-        connection.execute(update(tasks).where(tasks.c.id == task_id).values(expires_at=gold.expires_at))
     origin = {"task_id": task_id, "turn_id": gold.turn_id, "source": gold.source, "owner": gold.owner, "at": now}
-    connection.execute(insert(task_origins).values(origin | {"trust": gold.trust}))
+    connection.execute(insert(task_origins).values(origin | {"trust": gold.trust, "expires_at": gold.expires_at}))
     decide(connection, [digest], policy, now, owners=[gold.owner])
     became, note = _told(connection, task_id, gold.owner, created, reopened)
     return Admission(task_id, created, became, note)
 
 
+def retell(connection: Connection, task_id: str) -> None:
+    """Gives a task that several asked for, alike but not the same, the words of one who still does: those of its turn
+    and its outcome. They stay where someone's are the task's own, or nobody's are in the record."""
+    task = connection.execute(
+        select(tasks.c.messages, tasks.c.verifier, tasks.c.gold).where(tasks.c.id == task_id)
+    ).one()
+    look = (
+        select(turns.c.messages, outcomes.c.verifier, outcomes.c.gold)
+        .select_from(task_origins.join(turns, turns.c.id == task_origins.c.turn_id))
+        .join(outcomes, (outcomes.c.turn_id == turns.c.id) & (outcomes.c.task_id == task_origins.c.task_id))
+        .where(task_origins.c.task_id == task_id, outcomes.c.owner == task_origins.c.owner, outcomes.c.gold != "")
+        .order_by(task_origins.c.id, outcomes.c.id)
+        .limit(_RETOLD_BY)
+    )
+    said = [(row.messages, row.verifier, row.gold) for row in connection.execute(look)]
+    if not said or tuple(task) in said:
+        return
+    messages, verifier, gold = said[0]
+    digest = content_hash(messages, verifier, gold)
+    if connection.execute(select(tasks.c.id).where(tasks.c.content_hash == digest)).first() is not None:
+        digest = hashlib.sha256(f"{digest} {task_id}".encode()).hexdigest()  # another task has exactly these words
+    told = {"messages": messages, "verifier": verifier, "gold": gold, "content_hash": digest}
+    connection.execute(update(tasks).where(tasks.c.id == task_id).values(told))
+
+
 def _same(connection: Connection, messages: Sequence[Message], gold: Gold, digest: str, key: str) -> Any | None:
-    look = select(tasks.c.id, tasks.c.state, tasks.c.updated_at, tasks.c.expires_at)
+    look = select(tasks.c.id, tasks.c.state, tasks.c.updated_at)
     exact = look.where(tasks.c.content_hash == content_hash(messages, gold.verifier, gold.text))
     if (found := connection.execute(exact).first()) is not None or not key:
         return found
@@ -167,7 +200,7 @@ def _told(connection: Connection, task_id: str, owner: str, created: bool, reope
     became: Became = "queued" if created else "reopened" if reopened else "known"
     if task.state in ("done", "dead"):
         became = task.state
-    elif task.hold and owner in quarantined(connection):
+    elif task.hold and quarantined(connection, [owner]):
         became = "quarantined"
     elif task.hold:
         became = task.hold

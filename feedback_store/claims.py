@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, and_, func, or_, select
 
+from feedback_store.database import again_after_conflicts, in_several_transactions
 from feedback_store.guards import HELD_OUT, NEAR_DUPLICATE, OVER_SHARE, Guards, fair_share
 from feedback_store.queue import Queue, give_up_claims, may_be_claimed
 from feedback_store.records import Batch, Message
@@ -22,6 +23,7 @@ _TRIES = 3  # where other runs took the planned tasks meanwhile
 
 
 class Claims(Queue):
+    @in_several_transactions
     def claim_batch(
         self, run_id: str, n: int, guards: Guards, lease_seconds: float = 3600, unused: Collection[str] = ()
     ) -> Batch:
@@ -30,8 +32,7 @@ class Claims(Queue):
         The batch that they judge is all that the run holds, without the `unused` ids, which it holds and won't train
         on. A task that is left may come with a later run's batch; one that overlaps the evaluation never does.
         """
-        with self._write() as connection:
-            self._sweep(connection)
+        self._take_stock()
         left: dict[str, list[str]] = {}
         for _ in range(_TRIES):
             with self._read() as connection:
@@ -55,6 +56,12 @@ class Claims(Queue):
     def _share(self, held: list[Any], claimed: list[Any], guards: Guards) -> float:
         return guards.share_of({task.owner for task in [*held, *claimed]})
 
+    @again_after_conflicts
+    def _take_stock(self) -> None:
+        with self._write() as connection:
+            self._sweep(connection)
+
+    @again_after_conflicts
     def _put_back(self, run_id: str, ids: list[str]) -> None:
         if ids:
             with self._write() as connection:

@@ -8,9 +8,10 @@ from datetime import datetime
 from sqlalchemy import ColumnElement, Connection, and_, exists, false, func, or_, select, true
 from sqlalchemy.dialects import postgresql, sqlite
 
-from feedback_store.database import Database
 from feedback_store.errors import InvalidRecord
+from feedback_store.gold import Judging
 from feedback_store.schema import consents, conversations, task_origins, tasks, turns
+from feedback_store.settling import decide
 from feedback_store.withdrawal import withdraw
 
 NO_CONSENT = "its owner wants the conversation kept for the service only."
@@ -35,7 +36,7 @@ class Withdrawn:
     held: int
 
 
-class Consents(Database):
+class Consents(Judging):
     training_by_default = True
     """For owners who said nothing."""
 
@@ -83,7 +84,9 @@ class Consents(Database):
         waiting = [row.id for row in rows if row.waits]
         held_query = select(func.count()).select_from(tasks).where(tasks.c.state == "claimed", ~waits, unwanted)
         held = connection.execute(held_query).scalar_one()
-        return Withdrawn(*withdraw(connection, waiting, now), held)
+        deleted, emptied, asked = withdraw(connection, waiting, now)
+        decide(connection, asked, self.policy, now)  # their votes are gone
+        return Withdrawn(deleted, emptied, held)
 
     def _may_train(self, owner: ColumnElement[str]) -> ColumnElement[bool]:
         """Whether the owner in a column consents: what they said, or the default."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -24,8 +23,9 @@ from sqlalchemy import (
     update,
 )
 
-from feedback_store.codec import clean
+from feedback_store.admission import retell
 from feedback_store.errors import InvalidRecord
+from feedback_store.ids import owner_hash
 from feedback_store.presence import lives
 from feedback_store.processes import Process
 from feedback_store.queue import give_up_claims
@@ -49,6 +49,7 @@ from feedback_store.search import put_title_text
 from feedback_store.taints import clean_ancestor, tainted_versions
 from feedback_store.uses import set_aside
 from feedback_store.versions import current_version_of
+from feedback_store.votes import remembered
 from feedback_store.withdrawal import chunks, withdraw
 
 Askers = dict[str, set[tuple[str | None, str]]]
@@ -90,11 +91,6 @@ class Erased:
         for name, value in vars(other).items():
             mine = getattr(self, name)
             setattr(self, name, mine + value if isinstance(value, int | list) and name != "dry_run" else value)
-
-
-def owner_hash(owner: str) -> str:
-    """What a tombstone knows an owner by: 64 hex digits."""
-    return hashlib.sha256(clean(owner).encode()).hexdigest()
 
 
 class Busy(InvalidRecord):
@@ -164,7 +160,8 @@ class Work:
         for task_id, run in self._held(list(asked)).items():
             if self._is_alone(task_id, mine):
                 raise Busy(_held(run, task_id))
-        self._connection.execute(delete(task_origins).where(mine))
+        with remembered(self._connection, mine, self.now, rights=True):
+            self._connection.execute(delete(task_origins).where(mine))
         self._erase_tasks(asked)
 
     def judge(self, tainted_before: set[str]) -> None:
@@ -242,7 +239,9 @@ class Work:
         for some in chunks(seen):
             unseen = tool_results.c.hash.in_(some), ~exists().where(steps.c.result_hash == tool_results.c.hash)
             found.tool_results += execute(delete(tool_results).where(*unseen)).rowcount
-        execute(delete(task_origins).where(task_origins.c.turn_id.in_(its)))
+        mine = task_origins.c.turn_id.in_(its)
+        with remembered(self._connection, mine, self.now, rights=self._reason == "expired"):
+            execute(delete(task_origins).where(mine))
         self._erase_tasks(asked)
         found.turns += execute(delete(turns).where(turns.c.id.in_(its))).rowcount
 
@@ -282,12 +281,13 @@ class Work:
             others |= {
                 row.task_id: row.owner for row in self._connection.execute(left.order_by(task_origins.c.id.desc()))
             }
-        for task_id, owner in others.items():  # by whom it was asked first isn't told any more
+        for task_id, owner in others.items():  # by whom it was asked first, and in which words, isn't told any more
             self._connection.execute(update(tasks).where(tasks.c.id == task_id).values(owner=owner))
+            retell(self._connection, task_id)
         alone = [task_id for task_id in asked if task_id not in others]
         self.erased.tasks_kept += len(others)
         self._note_uses({task_id: self._askers.get(task_id, set()) | asked[task_id] for task_id in alone})
-        deleted, emptied = withdraw(self._connection, alone, self.now)
+        deleted, emptied, _ = withdraw(self._connection, alone, self.now)
         self.erased.tasks_deleted += deleted
         self.erased.tasks_emptied += emptied
 

@@ -12,11 +12,12 @@ from datetime import datetime
 
 from sqlalchemy import Connection, delete, select, update
 
-from feedback_store.erasing import Erased, Reason, Work, owner_hash
+from feedback_store.erasing import Erased, Reason, Work
 from feedback_store.errors import InvalidRecord, NotFound
 from feedback_store.gold import Judging
-from feedback_store.schema import audit, consents, conversations, erased_uses, quarantines, tombstones, turns
-from feedback_store.settling import decide
+from feedback_store.ids import owner_hash
+from feedback_store.schema import audit, consents, conversations, erased_uses, tombstones, turns
+from feedback_store.settling import decide, forget_in_quarantine, keep_known
 from feedback_store.taints import tainted_versions
 from feedback_store.withdrawal import chunks
 
@@ -46,7 +47,7 @@ class Erasure(Judging):
             if owner is not None:
                 work.erase_tasks_of(owner)  # what they refused stays refused
                 connection.execute(delete(consents).where(consents.c.owner == owner, consents.c.training))
-                connection.execute(delete(quarantines).where(quarantines.c.owner == owner))
+                forget_in_quarantine(connection, owner)
                 hashed = {"subject": owner_hash(owner)}
                 connection.execute(update(audit).where(audit.c.subject == owner).values(hashed))
             done = work.erased
@@ -92,6 +93,8 @@ class Erasure(Judging):
             tainted = set(tainted_versions(connection))
             work = Work(connection, self._now(), reason, skip_busy)
             yield connection, work
+            if reason == "expired":
+                keep_known(connection, work.questions)
             decide(connection, work.questions, self.policy, work.now)  # their votes are gone
             work.judge(tainted)
             if dry_run:

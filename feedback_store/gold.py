@@ -23,7 +23,12 @@ from feedback_store.records import Message
 SOURCE_TRUST: Mapping[str, float] = MappingProxyType({"verifier": 0.9, "client": 0.8, "person": 0.5, "judge": 0.3})
 """A gold that came with the question, one sent later, one from a person in the chat, one from a model that judges."""
 
-Basis = Literal["", "trusted", "consensus", "review"]
+Basis = Literal["", "trusted", "consensus", "review", "known"]
+"""How a gold is known: it isn't, a trusted owner's word, votes, a person's decision; or `known`, by votes that have
+grown old and were erased, until others say otherwise as surely."""
+
+
+_EXACTLY = ("name", "tool_calls", "tool_call_id")  # of a message: what folding leaves as it is
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def weigh(votes: Sequence[Vote], policy: Policy) -> Verdict:
         trust = max(before.trust, vote.trust) if before is not None and same else vote.trust
         last[vote.owner] = Vote(vote.owner, vote.gold_key, trust)
     if not last:
-        return Verdict(None, "", "every owner who gave a gold is quarantined")
+        return Verdict(None, "", "no gold counts: its owners are quarantined, or their last one has expired")
     sums: dict[str, float] = {}
     for vote in last.values():
         sums[vote.gold_key] = sums.get(vote.gold_key, 0.0) + vote.trust
@@ -103,9 +108,17 @@ def weigh(votes: Sequence[Vote], policy: Policy) -> Verdict:
 
 
 def question_hash(messages: Sequence[Message]) -> str:
-    """What makes two questions the same: 64 hex digits over roles and texts, all `folded`."""
-    said = [[message.get("role", ""), folded(_text(message))] for message in messages]
-    return hashlib.sha256(json.dumps(said, ensure_ascii=False).encode()).hexdigest()
+    """What makes two questions the same: 64 hex digits over roles, texts (`folded`), names and tool calls."""
+    said = [
+        [message.get("role", ""), folded(_text(message))] + [message[part] for part in _EXACTLY if message.get(part)]
+        for message in messages
+    ]
+    return hashlib.sha256(clean(json.dumps(said, ensure_ascii=False, sort_keys=True)).encode()).hexdigest()
+
+
+def fingerprint(gold_key: str) -> str:
+    """What is kept of a gold whose text is erased."""
+    return hashlib.sha256(gold_key.encode()).hexdigest()
 
 
 def plain_key(gold: str) -> str:

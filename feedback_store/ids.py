@@ -1,10 +1,14 @@
-"""Ids that sort by the time at which they were made: a prefix, 48 bits of milliseconds, 40 random bits."""
+"""Ids that sort by the time at which they were made: a prefix, 48 bits of milliseconds, 40 random bits. And an owner's
+hash, which outlives their name."""
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import threading
 import time
+
+from feedback_store.codec import clean
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no i, l, o, u, and in ASCII order
 _RANDOM_BITS = 40
@@ -25,3 +29,8 @@ def new_id(prefix: str) -> str:
         digits = _ALPHABET[number & 31] + digits
         number >>= 5
     return f"{prefix}_{digits}"
+
+
+def owner_hash(owner: str) -> str:
+    """What an owner is known by once their name is forgotten: 64 hex digits."""
+    return hashlib.sha256(clean(owner).encode()).hexdigest()

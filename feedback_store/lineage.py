@@ -10,8 +10,8 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, Connection, Row, Select, Table, select
 
 from feedback_store.database import Database
-from feedback_store.erasing import owner_hash
 from feedback_store.errors import NotFound
+from feedback_store.ids import owner_hash
 from feedback_store.schema import (
     conversations,
     erased_turns,

@@ -11,7 +11,6 @@ from sqlalchemy import Row, insert, select
 from feedback_store.admission import Gold, put_task
 from feedback_store.consent import NO_CONSENT, Consents
 from feedback_store.errors import InvalidRecord, NotFound, QueueFull
-from feedback_store.gold import Judging
 from feedback_store.ids import new_id
 from feedback_store.records import RIGHT, Outcome, OutcomeSource
 from feedback_store.schema import outcomes, turns
@@ -36,7 +35,7 @@ def outcome_of(row: Row[Any]) -> Outcome:
     )
 
 
-class Outcomes(Judging, Consents):
+class Outcomes(Consents):
     def add_outcome(
         self,
         turn_id: str,

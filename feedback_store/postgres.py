@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from enum import IntEnum
 from typing import Any
 
@@ -88,6 +89,14 @@ def hold(connection: Connection, lock: Lock, *, shared: bool = False) -> None:
     if connection.dialect.name == "postgresql":
         function = "pg_advisory_xact_lock_shared" if shared else "pg_advisory_xact_lock"
         connection.execute(text(f"SELECT {function}(:class, :lock)"), {"class": _CLASS, "lock": int(lock)})
+
+
+def hold_owner(connection: Connection, owner: str, *, shared: bool = False) -> None:
+    """As `hold`, of an owner: whoever gives a gold shares it, whoever changes what the owner's golds count doesn't."""
+    if connection.dialect.name == "postgresql":
+        function = "pg_advisory_xact_lock_shared" if shared else "pg_advisory_xact_lock"
+        key = int.from_bytes(hashlib.sha256(f"{_CLASS}:{clean(owner)}".encode()).digest()[:8], signed=True)
+        connection.execute(text(f"SELECT {function}(:key)"), {"key": key})
 
 
 def try_hold_session(connection: Connection, lock: Lock) -> bool:

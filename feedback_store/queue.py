@@ -13,7 +13,7 @@ from feedback_store.conversations import check_messages
 from feedback_store.errors import InvalidRecord, NotFound
 from feedback_store.gold import Judging, Policy
 from feedback_store.records import Message, QueuedTask, TaskState
-from feedback_store.schema import run_tasks, runs, tasks, turns
+from feedback_store.schema import questions, run_tasks, runs, tasks, turns
 from feedback_store.settling import decide
 
 MAX_ATTEMPTS = 5  # failed ones, after which a task is dead: it would fail the next run as well
@@ -43,8 +43,8 @@ def may_be_claimed(now: datetime) -> ColumnElement[bool]:
 
 def expire(connection: Connection, policy: Policy, now: datetime) -> None:
     """Marks the golds whose time is over; what they stood against is weighed anew without them."""
-    new = and_(tasks.c.hold.in_(("", "review", "rejected")), tasks.c.expires_at <= now, tasks.c.state != "dead")
-    decide(connection, connection.execute(select(tasks.c.question_hash).where(new)).scalars(), policy, now)
+    due = select(questions.c.hash).where(questions.c.weigh_at <= now)
+    decide(connection, connection.execute(due).scalars(), policy, now)
 
 
 def give_up_claims(

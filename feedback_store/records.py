@@ -222,7 +222,7 @@ class Claim:
 @dataclass(frozen=True)
 class Review:
     """A question whose gold a person must decide, or has. `id` is the start of its hash. `basis`: how the gold is
-    known: "" (it isn't), trusted, consensus, review."""
+    known: "" (it isn't), trusted, consensus, review, known (by golds that were erased by age)."""
 
     id: str
     messages: list[Message]
@@ -237,7 +237,8 @@ class Review:
 
 @dataclass(frozen=True)
 class Quarantine:
-    """An owner whose golds don't count, or (not `active`) who was let go `at` that time."""
+    """An owner whose golds don't count, or (not `active`) who was let go `at` that time. One who was forgotten is
+    named by `ids.owner_hash`."""
 
     owner: str
     active: bool

@@ -12,7 +12,8 @@ from feedback_store.gold import Judging
 from feedback_store.queue import state_at
 from feedback_store.records import Claim, Review
 from feedback_store.schema import questions, task_origins, tasks
-from feedback_store.settling import decide, lock_question, quarantined
+from feedback_store.settling import decide, lock_question
+from feedback_store.votes import ended, is_known_as, quarantined
 
 _ID = 16  # digits of the hash that name a question to people
 
@@ -46,14 +47,19 @@ class Reviews(Judging):
             lock_question(connection, digest, now)
             key = None
             if gold is not None:
-                its_tasks = select(tasks.c.gold, tasks.c.gold_key).where(tasks.c.question_hash == digest)
-                keys = {row.gold: row.gold_key for row in connection.execute(its_tasks)}
+                columns = select(tasks.c.gold, tasks.c.gold_key, tasks.c.expires_at)
+                rows = connection.execute(columns.where(tasks.c.question_hash == digest)).all()
+                keys = {row.gold: row.gold_key for row in rows if row.gold_key}
                 if gold not in keys:
                     raise InvalidRecord(
                         f"Nobody gave the gold {gold!r} for this question; there are {', '.join(map(repr, keys))}. "
                         "Teach it first (feedback on the turn), then accept it."
                     )
                 key = keys[gold]
+                if all(ended(row.expires_at, now) for row in rows if row.gold_key == key):
+                    raise InvalidRecord(
+                        f"The gold {gold!r} has expired, so it would train nothing. Teach it again, then accept it."
+                    )
             values = {"gold_key": key, "basis": "review", "who": who, "reason": reason, "at": now}
             connection.execute(update(questions).where(questions.c.hash == digest).values(values))
             detail = {"gold": gold, "reason": reason}
@@ -101,20 +107,23 @@ class Reviews(Judging):
             reason=(waiting or its_tasks)[0].reason,
             basis=question.basis,
             decided_by=question.who,
-            decision=next((task.gold for task in its_tasks if task.gold_key == question.gold_key), None),
+            decision=next(
+                (task.gold for task in its_tasks if is_known_as(question.gold_key, question.basis, task.gold_key)), None
+            ),
             at=question.at,
         )
 
 
 def _golds(connection: Connection, its_tasks: list[Any] | Any) -> list[Claim]:
-    barred = quarantined(connection)
     by_key: dict[str, list[Any]] = {}
     for task in its_tasks:
         by_key.setdefault(task.gold_key, []).append(task)
     last: dict[str, tuple[str, float]] = {}
     key_of = {task.id: task.gold_key for task in its_tasks}
-    votes = select(task_origins).where(task_origins.c.task_id.in_(list(key_of))).order_by(task_origins.c.id)
-    for vote in connection.execute(votes):
+    look = select(task_origins).where(task_origins.c.task_id.in_(list(key_of))).order_by(task_origins.c.id)
+    votes = connection.execute(look).all()
+    barred = quarantined(connection, {vote.owner for vote in votes})
+    for vote in votes:
         last[vote.owner] = (key_of[vote.task_id], 0.0 if vote.owner in barred else vote.trust)
     claims = []
     for key, alike in by_key.items():

@@ -190,34 +190,44 @@ tasks = Table(
     Column("gold_key", CleanText, nullable=False, server_default=""),  # equal where golds mean the same; "": no vote
     Column("hold", String(16), nullable=False, server_default=""),  # why it isn't claimed: review, rejected, expired
     Column("reason", CleanText, nullable=False, server_default=""),  # of the hold, or of the last failure
-    Column("expires_at", UtcTime),  # of the gold
+    Column("expires_at", UtcTime),  # when the last of the votes for the gold ends; null: never
     Index(None, "state", "hold", "attempts", "id"),
     Index(None, "state", "hold", "owner"),
     Index(None, "run_id", "state"),
     Index(None, "lease_until"),  # null unless claimed: the few that a claim must look at first
     Index(None, "question_hash"),
-    Index(None, "hold", "expires_at"),
 )
 
 questions = Table(  # a row for each that a task asks: what its gold is known by, and what its writers lock
     "questions",
     metadata,
     Column("hash", String(64), primary_key=True),
-    Column("gold_key", CleanText),  # null: none is known, or (basis review) all are rejected
-    Column("basis", String(16), nullable=False),  # "", trusted, consensus, review
+    Column("gold_key", CleanText),  # null: none is known, or (basis review) all are rejected; of known: its SHA-256
+    Column("basis", String(16), nullable=False),  # "", trusted, consensus, review, known: see `gold.Basis`
     Column("who", CleanText, nullable=False),
     Column("reason", CleanText, nullable=False),
     Column("at", UtcTime, nullable=False),
+    Column("weigh_at", UtcTime),  # when the next of its votes ends
+    Index(None, "weigh_at"),
 )
 
 quarantines = Table(  # owners whose golds don't count; one that was let go keeps its row, not active
     "quarantines",
     metadata,
-    Column("owner", CleanText, primary_key=True),
+    Column("owner_hash", String(64), primary_key=True),  # see `ids.owner_hash`
+    Column("owner", CleanText, nullable=False),  # "" once they are forgotten: the key may still be in use
     Column("active", Boolean, nullable=False),
     Column("who", CleanText, nullable=False),
     Column("reason", CleanText, nullable=False),
     Column("at", UtcTime, nullable=False),
+)
+
+erased_votes = Table(  # an owner's record with golds that are gone: deleting a wrong one doesn't undo it
+    "erased_votes",
+    metadata,
+    Column("owner_hash", String(64), primary_key=True),
+    Column("judged", Integer, nullable=False),
+    Column("wrong", Integer, nullable=False),
 )
 
 audit = Table(  # who decided what about the record
@@ -242,7 +252,8 @@ task_origins = Table(  # every turn or source that asked for a task, the first i
     Column("owner", CleanText, nullable=False),
     Column("at", UtcTime, nullable=False),
     Column("trust", Float, nullable=False, server_default="1"),
-    Index(None, "task_id"),
+    Column("expires_at", UtcTime),  # of this vote alone
+    Index(None, "task_id", "owner", "id", "trust"),  # the last vote of each owner is found in it
     Index(None, "turn_id"),
     Index(None, "owner", "id"),
 )

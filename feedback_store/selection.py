@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Connection, Join, Row, and_, exists, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Join, Row, and_, case, exists, func, or_, select
 
 from feedback_store.consent import Consents
 from feedback_store.conversation_rows import conversation_of, conversation_rows, step_of, turn_of
@@ -53,11 +53,13 @@ class Answered:
 
 @dataclass(frozen=True)
 class Practised:
-    """A task that selected turns asked for, and their answers that its verifier scored right and wrong."""
+    """A task that selected turns asked for, and their answers that its verifier scored right and wrong. `held`: why its
+    gold isn't to be trained on, "" where it is: review, rejected, expired."""
 
     task: QueuedTask
     right: list[str]
     wrong: list[str]
+    held: str
 
 
 class Reading(Consents):
@@ -109,13 +111,16 @@ class Reading(Consents):
     def practised(self, selection: Selection, page: int = 200) -> Iterator[list[Practised]]:
         """The tasks that selected turns asked for, oldest first, some at a time; none that was withdrawn."""
         after = ""
+        origins = task_origins.join(turns, turns.c.id == task_origins.c.turn_id).join(conversations)
         while True:
             with self._read() as connection:
-                origins = task_origins.join(turns, turns.c.id == task_origins.c.turn_id).join(conversations)
-                its = select(task_origins.c.task_id).select_from(origins).where(*self._finished(connection, selection))
+                finished = self._finished(connection, selection)
+                # Asked of each task in turn, so that a page costs what it holds and not what the record does.
+                asked = exists().select_from(origins).where(task_origins.c.task_id == tasks.c.id, *finished)
+                held = case((tasks.c.expires_at <= self._now(), "expired"), else_=tasks.c.hold).label("held")
                 query = (
-                    select(tasks, tasks.c.state.label("state_now"))
-                    .where(tasks.c.id.in_(its), tasks.c.id > after, tasks.c.state != "withdrawn")
+                    select(tasks, tasks.c.state.label("state_now"), held)
+                    .where(tasks.c.id > after, tasks.c.state != "withdrawn", asked)
                     .order_by(tasks.c.id)
                     .limit(page)
                 )
@@ -133,7 +138,7 @@ class Reading(Consents):
                 for task_id, answer, score in connection.execute(judged):
                     answers[task_id][0 if score > RIGHT else 1].append(answer)
             after = rows[-1].id
-            yield [Practised(task_of(row), *answers[row.id]) for row in rows]
+            yield [Practised(task_of(row), *answers[row.id], row.held) for row in rows]
 
     def _finished(self, connection: Connection, selection: Selection) -> list[ColumnElement[bool]]:
         return [turns.c.status.in_(("done", "no_answer", "length")), *self._those(connection, selection)]

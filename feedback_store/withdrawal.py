@@ -8,7 +8,9 @@ from typing import TypeVar
 
 from sqlalchemy import Connection, delete, select, update
 
-from feedback_store.schema import outcomes, questions, run_tasks, task_origins, tasks
+from feedback_store.schema import outcomes, run_tasks, task_origins, tasks
+from feedback_store.settling import drop_unasked
+from feedback_store.votes import remembered
 
 CHUNK = 500  # ids in one statement
 T = TypeVar("T")
@@ -19,43 +21,51 @@ def chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:
         yield items[start : start + CHUNK]
 
 
-def withdraw(connection: Connection, task_ids: Sequence[str], now: datetime) -> tuple[int, int]:
-    """How many tasks were deleted and how many emptied. Those that a run has claimed are emptied (state `withdrawn`,
-    no messages, no gold): which run used them stays known. The same question may be asked for again, as a new task.
+def withdraw(connection: Connection, task_ids: Sequence[str], now: datetime) -> tuple[int, int, set[str]]:
+    """How many tasks were deleted and how many emptied, and the questions, which are to be decided anew.
+
+    Those that a run has claimed are emptied (state `withdrawn`, no messages, no gold): which run used them stays known.
+    The same question may be asked for again, as a new task.
     """
     emptied = 0
     hashes: set[str] = set()
     for some in chunks(task_ids):
-        its = select(tasks.c.question_hash).where(tasks.c.id.in_(some))
-        hashes |= set(connection.execute(its).scalars())
-        used = set(
-            connection.execute(select(run_tasks.c.task_id).where(run_tasks.c.task_id.in_(some)).distinct()).scalars()
-        )
-        emptied += len(used)
-        lapsed = run_tasks.c.task_id.in_(used) & (run_tasks.c.state == "claimed")
-        connection.execute(update(run_tasks).where(lapsed).values(state="expired", ended_at=now))
-        if used:
-            connection.execute(
-                update(tasks)
-                .where(tasks.c.id.in_(used))
-                .values(
-                    content_hash="withdrawn:" + tasks.c.id,
-                    messages=[],
-                    gold="",
-                    question_hash="",
-                    gold_key="",
-                    reason="",
-                    owner="",
-                    state="withdrawn",
-                    run_id=None,
-                    lease_until=None,
-                    updated_at=now,
-                )
+        hashes |= set(connection.execute(select(tasks.c.question_hash).where(tasks.c.id.in_(some))).scalars())
+        with remembered(connection, task_origins.c.task_id.in_(some), now, rights=False):
+            emptied += _withdraw(connection, some, now)
+    for some in chunks(sorted(hashes)):
+        drop_unasked(connection, some)
+    return len(task_ids) - emptied, emptied, hashes
+
+
+def _withdraw(connection: Connection, some: Sequence[str], now: datetime) -> int:
+    """How many were emptied."""
+    used = set(
+        connection.execute(select(run_tasks.c.task_id).where(run_tasks.c.task_id.in_(some)).distinct()).scalars()
+    )
+    lapsed = run_tasks.c.task_id.in_(used) & (run_tasks.c.state == "claimed")
+    connection.execute(update(run_tasks).where(lapsed).values(state="expired", ended_at=now))
+    if used:
+        connection.execute(
+            update(tasks)
+            .where(tasks.c.id.in_(used))
+            .values(
+                content_hash="withdrawn:" + tasks.c.id,
+                messages=[],
+                gold="",
+                question_hash="",
+                gold_key="",
+                hold="",
+                reason="",
+                expires_at=None,
+                owner="",
+                state="withdrawn",
+                run_id=None,
+                lease_until=None,
+                updated_at=now,
             )
-        connection.execute(delete(task_origins).where(task_origins.c.task_id.in_(some)))
-        connection.execute(update(outcomes).where(outcomes.c.task_id.in_(some)).values(task_id=None))
-        connection.execute(delete(tasks).where(tasks.c.id.in_([id for id in some if id not in used])))
-    for some in chunks(sorted(hashes)):  # of a question that nobody asks any more, not even its gold stays
-        asked = select(tasks.c.id).where(tasks.c.question_hash == questions.c.hash).exists()
-        connection.execute(delete(questions).where(questions.c.hash.in_(some), ~asked))
-    return len(task_ids) - emptied, emptied
+        )
+    connection.execute(delete(task_origins).where(task_origins.c.task_id.in_(some)))
+    connection.execute(update(outcomes).where(outcomes.c.task_id.in_(some)).values(task_id=None))
+    connection.execute(delete(tasks).where(tasks.c.id.in_([id for id in some if id not in used])))
+    return len(used)

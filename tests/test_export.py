@@ -9,10 +9,12 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import event
 from typer.testing import CliRunner
 
 from app.cli import app
@@ -75,6 +77,26 @@ def test_prompts_come_with_verifier_and_gold_and_pairs_are_of_one_task(store: St
     (pair,) = exported(store, tmp_path / "q.jsonl", "trl-preference")
     assert (pair["chosen"][0]["content"], pair["rejected"][0]["content"]) == ("4", "5")
     assert pair["prompt"] == prompt["prompt"]
+
+
+def test_golds_that_arent_to_be_trained_on_are_counted_and_left_out(store: Store, tmp_path: Path) -> None:
+    answer(store, "bob", "Is it so?", "no", 0.0, "yes")
+    answer(store, "ann", "Is it so?", "yes", 0.0, "no")
+    for name in ("ann", "bob", "cid"):
+        answer(store, name, "How many?", "3", 1.0, "3")
+    answer(store, "dan", "How many?", "4", 1.0, "4")
+    turn = answer(store, "ada", "Who leads?", "me")
+    ends = datetime.now(UTC) + timedelta(days=1)
+    store.add_outcome(turn, "client", 0.0, "exact", "Ann", owner="ada", expires_at=ends)
+    store._now = lambda: ends
+    for format in ("trl-grpo", "trl-preference"):
+        done = export(store, tmp_path / f"{format}.jsonl", format, Selection(consenting=True))
+        held = {reason: n for reason, n in done.left_out.items() if "gold" in reason}
+        assert held == {"its gold waits for review": 2, "its gold was rejected": 1, "its gold has expired": 1}
+        said = (tmp_path / f"{format}.jsonl").read_text()
+        assert "2 + 2" in said
+        assert "Is it so" not in said
+        assert '"gold": "4"' not in said.replace("2 + 2", "").split("How many", 1)[-1]
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -204,3 +226,39 @@ def test_memory_does_not_grow_with_the_record(store: Store, tmp_path: Path) -> N
     large = peak(tmp_path / "large.jsonl")
     assert (tmp_path / "large.jsonl").stat().st_size > 20_000_000
     assert large < 2 * small, (small, large)
+
+
+def test_a_page_of_tasks_costs_what_it_holds(store: Store) -> None:
+    steps = [0]
+
+    def count() -> int:
+        steps[0] += 1
+        return 0
+
+    def a_page() -> int:
+        store.close()
+        with Store.open(store.where) as opened:
+            event.listen(opened._engine, "checkout", lambda raw, *_: raw.set_progress_handler(count, 100))
+            steps[0] = 0
+            (first, *_) = next(opened.practised(Selection(), page=20))
+            assert first.task.gold == "4"
+        return steps[0]
+
+    def more(n: int) -> None:
+        names = "messages, verifier, gold, kind, source, owner, state, attempts, created_at, updated_at"
+        numbers = f"WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < {n}) "
+        with Store.open(store.where) as opened, opened._write() as connection:
+            begun = connection.exec_driver_sql("SELECT count(*) FROM tasks").scalar_one()
+            connection.exec_driver_sql(
+                f"INSERT INTO tasks (id, content_hash, {names}) {numbers}"
+                f"SELECT 'task_x' || (n + {begun}), n + {begun}, {names} FROM c, (SELECT * FROM tasks LIMIT 1)"
+            )
+            connection.exec_driver_sql(
+                "INSERT INTO task_origins (task_id, turn_id, source, owner, at) SELECT t.id, o.turn_id, o.source, "
+                "o.owner, o.at FROM tasks t, (SELECT * FROM task_origins LIMIT 1) o WHERE t.id LIKE 'task_x%'"
+            )
+
+    more(200)
+    small = a_page()
+    more(3000)
+    assert a_page() < 2 * small

@@ -11,16 +11,21 @@ queue that takes every gold as a task, as it would be without votes, quarantine 
 | the same, and a trusted owner answers 30 of all questions, at random     | 23 %    | 0 %  |
 
 The second row is the limit of what votes can do: a crowd that is alone with a question is right by majority.
+
+Tricks with time gain nothing either: repeating others' golds with a date that ends them, deleting one's lies as soon as
+they count against one, or a lie that outlives the honest golds, which are erased by age.
 """
 
 from __future__ import annotations
 
 import random
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from feedback_store import Guards, Policy, Store
+from tests.test_store_queue import Clock
 
 BOSS = "key-boss"
 LIARS = [f"liar-{n}" for n in range(5)]
@@ -69,3 +74,43 @@ def test_liars_in_concert_hardly_reach_the_batch(
     before, share = attacked(tmp_path / "s.db", cautious, checks, seed=1)
     assert before >= without
     assert share <= at_most
+
+
+def say(store: Store, owner: str, question: str, gold: str, expires_at: datetime | None = None) -> str:
+    """Teaches a gold in a conversation, and returns that."""
+    conversation = store.create_conversation(owner)
+    turn = store.begin_turn(conversation, [{"role": "user", "content": question}], "v0", [])
+    store.finish_turn(turn, "?", "done")
+    store.add_outcome(turn, "person", 0.0, "exact", gold, owner=owner, expires_at=expires_at)
+    return conversation
+
+
+@pytest.mark.parametrize("trick", ["expiry", "deletion", "retention"])
+def test_tricks_with_time_gain_the_liars_nothing(tmp_path: Path, trick: str) -> None:
+    clock = Clock()
+    with Store.open(tmp_path / "s.db", now=clock) as store:
+        for owner, question, gold in votes(cautious=True, seed=1):
+            if owner in HONEST and question in POPULAR:
+                say(store, owner, question, gold)
+        clock.advance(86_400)
+        for n, liar in enumerate(LIARS):
+            if trick == "expiry":  # only where it isn't noticed: two each
+                for question in POPULAR[2 * n : 2 * n + 2]:
+                    say(store, liar, question, RIGHT, clock.time + timedelta(seconds=60))
+                    say(store, liar, question, LIE)
+            elif trick == "deletion":
+                for first in range(0, len(POPULAR), 2):
+                    said = [say(store, liar, question, LIE) for question in POPULAR[first : first + 2]]
+                    for conversation in said:
+                        store.erase(conversation=conversation)
+                say(store, liar, f"{liar} asks", LIE)
+            else:
+                for question in POPULAR[2 * n : 2 * n + 2]:
+                    say(store, liar, question, LIE)
+        if trick == "retention":
+            assert len(store.expire(clock.time).conversations) == 120
+        clock.advance(3600)
+        batch = store.claim_batch(store.start_run("r", {}), 200, Guards()).tasks
+        assert [task for task in batch if task.gold == LIE] == []
+        assert len(batch) == (0 if trick == "retention" else len(POPULAR))
+        assert {one.owner for one in store.quarantines()} == (set(LIARS) if trick == "deletion" else set())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feedback_store import Guards, Store
+from feedback_store import Guards, Store, claims
+from feedback_store.errors import Conflict
 from feedback_store.guards import HELD_OUT, NEAR_DUPLICATE, OVER_SHARE, fair_share
 from feedback_store.near import HeldOut, Seen
 from online_rl.tasks.generated import generate
@@ -153,3 +155,29 @@ def test_what_a_run_holds_and_wont_use_doesnt_count(place: str) -> None:
         unfit = [task.id for task in store.claim_batch(run, 4, Guards(fold=False)).tasks]
         batch = store.claim_batch(run, 8, Guards(fold=False), unused=unfit)
         assert Counter(task.owner for task in batch.tasks) == {"ada": 2, "bob": 2}
+
+
+def test_a_conflict_on_the_way_loses_no_claim(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Store.open(place) as store:
+        fill(store, ada=2, boss=2)
+        run, other = store.start_run("r", {}), store.start_run("r", {})
+        plan, give_up, tries = store._plan, claims.give_up_claims, []
+
+        def overtaken(*arguments: Any) -> Any:  # another run is quicker with one of boss's
+            planned = plan(*arguments)
+            if not tries:
+                store.claim(other, 1, only=[task.id for task in store.tasks() if task.owner == "boss"])
+            return planned
+
+        def undone_once(*arguments: Any, **named: Any) -> int:
+            tries.append(named)
+            if len(tries) == 1:
+                raise Conflict("The database undid it.")
+            return give_up(*arguments, **named)
+
+        monkeypatch.setattr(store, "_plan", overtaken)
+        monkeypatch.setattr(claims, "give_up_claims", undone_once)
+        batch = store.claim_batch(run, 4, Guards(0.5, {"boss"}, fold=False))
+        assert len(tries) == 2
+        assert Counter(task.owner for task in batch.tasks) == {"ada": 1, "boss": 1}
+        assert {task.id for task in store.tasks() if task.run_id == run} == {task.id for task in batch.tasks}

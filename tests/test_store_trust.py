@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select
 
 from feedback_store import InvalidRecord, NotFound, Outcome, Policy, Store
-from feedback_store.gold import Vote, weigh
+from feedback_store.admission import Gold, content_hash, put_task
+from feedback_store.gold import Vote, question_hash, weigh
+from feedback_store.schema import questions
+from feedback_store.votes import last_votes
 from online_rl.verifiers import gold_key
 from tests.test_store_queue import Clock
 
@@ -241,5 +246,189 @@ def test_an_owner_who_is_forgotten_leaves_no_name_behind(store: Store) -> None:
     store.finish_turn(mine.turn_id, "1", "done")
     store.quarantine("ada", "root", "she lies")
     store.erase(owner="ada")
-    assert store.quarantines() == []
+    (kept,) = store.quarantines()
+    assert kept.active
+    assert "ada" not in str(kept)
     assert "ada" not in str(store.audit_log())
+    assert teach(store, "ada", "2").became == "quarantined", "the key works still, and counts for nothing"
+    store.lift_quarantine(kept.owner, "root")
+    assert states(store) == {"2": "pending"}
+
+
+def test_an_expiry_bounds_the_vote_that_carries_it(store: Store, clock: Clock) -> None:
+    for name in ("ada", "bob"):
+        teach(store, name, "1")
+    soon = clock.time + timedelta(seconds=1)
+    teach(store, "mallory", "1", expires_at=soon)
+    teach(store, "mallory", "2")
+    clock.advance(2)
+    store.claim(store.start_run("r", {}), 9)
+    assert states(store) == {"1": "review", "2": "review"}, "two against one, as if mallory had said nothing before"
+    teach(store, "eve", "1")
+    assert states(store) == {"1": "pending", "2": "rejected"}
+    teach(store, "eve", "1", expires_at=clock.time + timedelta(seconds=5))
+    clock.advance(9)
+    store.claim(store.start_run("r", {}), 9)
+    assert states(store) == {"1": "review", "2": "review"}, "a vote that ended counts no more, though its task goes on"
+
+
+def test_the_last_of_the_votes_ends_a_gold(store: Store, clock: Clock) -> None:
+    for name, days in (("ada", 1), ("bob", 3)):
+        teach(store, name, "1", expires_at=clock.time + timedelta(days=days))
+    assert store.tasks()[0].expires_at == clock.time + timedelta(days=3)
+
+
+def test_a_gold_that_expired_doesnt_revive_an_older_one(store: Store, clock: Clock) -> None:
+    teach(store, "ada", "1")
+    teach(store, "ada", "2", expires_at=clock.time + timedelta(days=1))
+    clock.advance(2 * 86_400)
+    assert store.claim(store.start_run("r", {}), 9) == []
+    assert states(store) == {"1": "review", "2": "expired"}
+
+
+def test_who_dated_a_gold_isnt_judged_by_it_afterwards(store: Store, clock: Clock) -> None:
+    for n in range(4):
+        teach(store, "ada", "1", f"{n}?", expires_at=clock.time + timedelta(days=1))
+    clock.advance(2 * 86_400)
+    for n in range(4):
+        teach(store, TRUSTED, "2", f"{n}?")
+    teach(store, "ada", "5", "another?")
+    assert store.quarantines() == []
+
+
+def test_to_reject_all_golds_judges_nobody(store: Store) -> None:
+    for n in range(3):
+        teach(store, "ada", "1", f"{n}?")
+        teach(store, "bob", "2", f"{n}?")
+    for review in store.reviews():
+        store.decide_review(review.id, None, "root")
+    assert store.quarantines() == []
+
+
+def test_a_review_takes_the_gold_of_a_vote_and_none_that_expired(store: Store, clock: Clock) -> None:
+    teach(store, "ada", "1", expires_at=clock.time + timedelta(days=1))
+    teach(store, "bob", "2")
+    asked = [{"role": "user", "content": "How high?"}]
+    store.add_task(asked, "no_tool", "1", "no_tool", "person", "eve", gold_key="")
+    (review,) = store.reviews()
+    store.decide_review(review.id, "1", "root")
+    taken = {(task.verifier, task.gold): task.state for task in store.tasks()}
+    assert (taken["numeric", "1"], taken["numeric", "2"]) == ("pending", "rejected")
+    clock.advance(2 * 86_400)
+    with pytest.raises(InvalidRecord, match="has expired"):
+        store.decide_review(review.id, "1", "root")
+
+
+def test_deleting_wrong_golds_doesnt_undo_them(store: Store) -> None:
+    for n in range(6):
+        teach(store, TRUSTED, "42", f"question {n}?")
+    for n in range(3):
+        lied = teach(store, "mallory", "41", f"question {n}?")
+        store.finish_turn(lied.turn_id, "", "done")
+        store.erase(conversation=store.turn(lied.turn_id).conversation_id)
+    for _ in range(20):  # nor do right ones that were deleted outweigh them
+        honest = teach(store, "mallory", "42", "question 5?")
+        store.finish_turn(honest.turn_id, "", "done")
+        store.erase(conversation=store.turn(honest.turn_id).conversation_id)
+    (found,) = store.quarantines()
+    assert (found.owner, found.active) == ("mallory", True)
+
+
+def test_withdrawing_consent_doesnt_undo_wrong_golds(store: Store) -> None:
+    for n in range(2):
+        teach(store, "mallory", "41", f"question {n}?")
+    run = store.start_run("r", {})
+    assert len(store.claim(run, 1)) == 1  # which is emptied then, while the other is deleted
+    store.release(run)
+    for n in range(3):
+        teach(store, TRUSTED, "42", f"question {n}?")
+    assert store.set_consent("mallory", False).emptied == 1
+    store.set_consent("mallory", True)
+    teach(store, "mallory", "41", "question 2?")
+    assert [one.owner for one in store.quarantines()] == ["mallory"]
+
+
+def test_what_grew_old_stays_known(store: Store, clock: Clock) -> None:
+    for name in ("ada", "bob", "eve"):
+        told = teach(store, name, "1", source="client")
+        store.finish_turn(told.turn_id, "", "done")
+    clock.advance(86_400)
+    lie = teach(store, "mallory", "2")
+    store.finish_turn(lie.turn_id, "", "done")
+    store.expire(clock.time)
+    assert states(store) == {"2": "rejected"}
+    assert teach(store, "gil", "1").became == "queued", "the gold that is known may be taught again"
+    (question,) = [store.review(lie.task_id or "")]
+    assert (question.basis, question.decision) == ("known", "1")
+    for name in ("mallory", "dan", "fay", "hal", "ivy"):
+        teach(store, name, "2", source="client")
+    assert states(store) == {"1": "rejected", "2": "pending"}, "until others say otherwise as surely"
+
+
+def test_who_withdraws_consent_takes_the_vote_along(store: Store) -> None:
+    teach(store, "ada", "1")
+    teach(store, "bob", "2")
+    store.set_consent("ada", False)
+    assert states(store) == {"2": "pending"}
+
+
+def test_repeating_a_question_costs_no_more_each_time(store: Store) -> None:
+    asked = [{"role": "user", "content": "How high?"}]
+    for _ in range(40):
+        store.add_task(asked, "exact", "1", "exact", "person", "ada")
+    with store._read() as connection:
+        (vote,) = last_votes(connection, [question_hash(asked)])
+    assert vote.owner == "ada"
+
+
+def test_a_full_queue_keeps_nothing_of_the_question(place: str) -> None:
+    with Store.open(place, max_pending=1) as store:
+        teach(store, "ada", "1", "a?")
+        assert "full" in teach(store, "ada", "1", "b?").note
+        with store._read() as connection:
+            assert len(connection.execute(select(questions)).all()) == 1
+
+
+def test_a_task_that_was_withdrawn_is_not_looked_at_by_every_claim(store: Store, clock: Clock) -> None:
+    teach(store, "ada", "1", expires_at=clock.time + timedelta(days=1))
+    run = store.start_run("r", {})
+    store.claim(run, 1)
+    store.release(run)
+    store.set_consent("ada", False)
+    (task,) = store.tasks()
+    assert (task.state, task.expires_at) == ("withdrawn", None)
+
+
+@pytest.mark.parametrize("places", ["postgresql"], indirect=True)
+def test_no_gold_slips_past_a_quarantine_that_is_being_made(store: Store) -> None:
+    teach(store, "mallory", "1", "a?")
+    asked: list[dict[str, object]] = [{"role": "user", "content": "b?"}]
+    given = Gold("exact", "1", "person", "mallory", 0.5)
+    with store._write() as connection:  # a gold that is being taken
+        put_task(connection, asked, given, kind="k", policy=store.policy, max_pending=9, now=store._now())
+        barring = threading.Thread(target=store.quarantine, args=("mallory", "root", "lies"))
+        barring.start()
+        barring.join(0.5)
+        assert barring.is_alive(), "it waits until that gold is in"
+    barring.join(60)
+    assert {task.state for task in store.tasks()} == {"review"}
+
+
+def test_a_task_is_told_in_the_words_of_those_who_still_ask_for_it(store: Store) -> None:
+    first = teach(store, "ada", "8849", "how  HIGH, dear?", source="client")
+    store.finish_turn(first.turn_id, "", "done")
+    again = teach(store, "bob", "8,849.0", "How high, dear?", source="client")
+    assert again.task_id == first.task_id
+    before = store.task(first.task_id or "").content_hash
+    store.erase(owner="ada")
+    (task,) = store.tasks()
+    assert (task.owner, task.gold, task.messages[0]["content"]) == ("bob", "8,849.0", "How high, dear?")
+    assert task.content_hash == content_hash(task.messages, "numeric", "8,849.0") != before
+
+
+def test_names_and_tool_calls_make_another_question() -> None:
+    plain = {"role": "user", "content": "How high?"}
+    called = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    asked = [[plain], [plain | {"name": "Ada"}], [plain, called], [plain, called | {"tool_calls": [{"id": "x"}]}]]
+    assert len({question_hash(messages) for messages in asked}) == 4
+    assert question_hash([plain | {"content": "how HIGH"}]) == question_hash([plain])

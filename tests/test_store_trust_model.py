@@ -51,7 +51,7 @@ class TrustModel(RuleBasedStateMachine):
         self.clock = Clock()
         self.store = Store.open(path, now=self.clock, policy=POLICY)
         self.tasks: dict[Key, Modelled] = {}
-        self.votes: list[tuple[int, str, str]] = []  # question, owner, gold
+        self.votes: list[tuple[int, str, str, datetime | None]] = []  # question, owner, gold, its end
         self.decided: dict[int, str | None] = {}
         self.barred: set[str] = set()
 
@@ -71,11 +71,14 @@ class TrustModel(RuleBasedStateMachine):
 
     def settle(self, question: int) -> None:
         mine = {key: task for key, task in self.tasks.items() if key[0] == question}
-        word = {
-            owner: gold
-            for q, owner, gold in self.votes
-            if q == question and owner not in self.barred and not self.expired((q, gold))
-        }
+        each = {(owner, gold): end for q, owner, gold, end in self.votes if q == question}
+        said = {owner: (gold, end) for q, owner, gold, end in self.votes if q == question and owner not in self.barred}
+        word = {owner: gold for owner, (gold, end) in said.items() if end is None or end > self.clock.time}
+        for (_, gold), task in mine.items():
+            counted = [end for its, end in said.values() if its == gold]
+            ends = counted or [end for (_, its), end in each.items() if its == gold]
+            known = [end for end in ends if end is not None]
+            task.expires = max(known) if len(known) == len(ends) else None
         for key, task in mine.items():
             if task.state == "dead":
                 continue
@@ -93,8 +96,7 @@ class TrustModel(RuleBasedStateMachine):
         for task in self.tasks.values():
             if task.state == "claimed" and task.until is not None and task.until <= self.clock.time:
                 task.give_up(failed=True)
-        over = {k for k, t in self.tasks.items() if self.expired(k) and t.hold != "expired" and t.state != "dead"}
-        for question in {question for question, _ in over}:
+        for question in QUESTIONS:
             self.settle(question)
 
     def seen(self, key: Key) -> str:
@@ -118,9 +120,7 @@ class TrustModel(RuleBasedStateMachine):
         assert made[1] is (key not in self.tasks)
         if key not in self.tasks:
             self.tasks[key] = Modelled(made[0], expires)
-        elif expires is not None or self.expired(key):
-            self.tasks[key].expires = expires
-        self.votes.append((question, owner, gold))
+        self.votes.append((question, owner, gold, expires))
         self.settle(question)
 
     @rule(run=st.integers(0, 1), n=st.integers(1, 3))
@@ -188,7 +188,7 @@ class TrustModel(RuleBasedStateMachine):
         else:
             self.store.quarantine(owner, "root", "?")
             self.barred.add(owner)
-        for question in {q for q, who, _ in self.votes if who == owner}:
+        for question in {q for q, who, *_ in self.votes if who == owner}:
             self.settle(question)
 
     @rule()

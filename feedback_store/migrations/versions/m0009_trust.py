@@ -50,8 +50,10 @@ def upgrade() -> None:
     op.create_index("ix_tasks_state_hold_attempts_id", "tasks", ["state", "hold", "attempts", "id"])
     op.create_index("ix_tasks_state_hold_owner", "tasks", ["state", "hold", "owner"])
     op.create_index("ix_tasks_question_hash", "tasks", ["question_hash"])
-    op.create_index("ix_tasks_hold_expires_at", "tasks", ["hold", "expires_at"])
     op.add_column("task_origins", sa.Column("trust", sa.Float(), nullable=False, server_default="1"))
+    op.add_column("task_origins", sa.Column("expires_at", moment, nullable=True))
+    op.drop_index("ix_task_origins_task_id", "task_origins")
+    op.create_index("ix_task_origins_task_id_owner_id_trust", "task_origins", ["task_id", "owner", "id", "trust"])
     op.create_index("ix_task_origins_owner_id", "task_origins", ["owner", "id"])
     op.add_column("outcomes", sa.Column("trust", sa.Float(), nullable=False, server_default="1"))
     op.add_column("outcomes", sa.Column("became", sa.String(16), nullable=False, server_default=""))
@@ -64,16 +66,26 @@ def upgrade() -> None:
         sa.Column("who", sa.Text(), nullable=False),
         sa.Column("reason", sa.Text(), nullable=False),
         sa.Column("at", moment, nullable=False),
+        sa.Column("weigh_at", moment, nullable=True),
         sa.PrimaryKeyConstraint("hash", name=op.f("pk_questions")),
     )
+    op.create_index("ix_questions_weigh_at", "questions", ["weigh_at"])
     op.create_table(
         "quarantines",
+        sa.Column("owner_hash", sa.String(64), nullable=False),
         sa.Column("owner", sa.Text(), nullable=False),
         sa.Column("active", sa.Boolean(), nullable=False),
         sa.Column("who", sa.Text(), nullable=False),
         sa.Column("reason", sa.Text(), nullable=False),
         sa.Column("at", moment, nullable=False),
-        sa.PrimaryKeyConstraint("owner", name=op.f("pk_quarantines")),
+        sa.PrimaryKeyConstraint("owner_hash", name=op.f("pk_quarantines")),
+    )
+    op.create_table(
+        "erased_votes",
+        sa.Column("owner_hash", sa.String(64), nullable=False),
+        sa.Column("judged", sa.Integer(), nullable=False),
+        sa.Column("wrong", sa.Integer(), nullable=False),
+        sa.PrimaryKeyConstraint("owner_hash", name=op.f("pk_erased_votes")),
     )
     op.create_table(
         "audit",
