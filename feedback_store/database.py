@@ -81,7 +81,7 @@ def connect_to(
     return engine
 
 
-def _again_after_conflicts(method: _Method) -> _Method:
+def again_after_conflicts(method: _Method) -> _Method:
     """`method`, which is one transaction, called again when the database undid it for another one's sake."""
 
     @functools.wraps(method)
@@ -96,6 +96,13 @@ def _again_after_conflicts(method: _Method) -> _Method:
     return call  # type: ignore[return-value]
 
 
+def in_several_transactions(method: _Method) -> _Method:
+    """Marks one whose parts, each a transaction, are called again by themselves: again as a whole, it would lose what
+    the first of them did."""
+    method._in_several_transactions = True  # type: ignore[attr-defined]
+    return method
+
+
 class Database:
     """The base of the store's parts. Thread-safe; a process that forks must open the store again in the child.
 
@@ -105,8 +112,9 @@ class Database:
 
     def __init_subclass__(cls) -> None:
         for name, member in list(vars(cls).items()):
-            if callable(member) and not name.startswith("_") and not hasattr(member, "__wrapped__"):
-                setattr(cls, name, _again_after_conflicts(member))
+            whole = not (hasattr(member, "__wrapped__") or hasattr(member, "_in_several_transactions"))
+            if callable(member) and not name.startswith("_") and whole:
+                setattr(cls, name, again_after_conflicts(member))
 
     def __init__(self, engine: Engine, *, max_pending: int, busy_seconds: float, now: Clock) -> None:
         self._engine = engine

@@ -24,8 +24,9 @@ from feedback_store.schema import conversations, search_texts
 LONGEST_QUERY = 1000  # characters
 _WORD = re.compile(r"\w+")
 _MARKS = re.compile("[\u0300-\u036f]")  # accents, once they stand behind their letter
-# As the migration indexes it: without accents, as FTS5 does.
-_VECTOR = "to_tsvector('simple', regexp_replace(normalize(search_texts.text, NFKD), '[\u0300-\u036f]', '', 'g'))"
+# As the migration indexes it: without accents, as FTS5 does, and without marks that would join words: 3.14, a@b.org.
+_BARE = "regexp_replace(normalize(search_texts.text, NFKD), '[\u0300-\u036f]', '', 'g')"
+_VECTOR = rf"to_tsvector('simple', regexp_replace({_BARE}, '[\x21-\x2f\x3a-\x40\x5b-\x60\x7b-\x7e]+', ' ', 'g'))"
 
 
 @dataclass(frozen=True)

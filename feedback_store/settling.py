@@ -18,6 +18,7 @@ from feedback_store.gold import Policy, Verdict, Vote, weigh
 from feedback_store.schema import quarantines, questions, task_origins, tasks
 
 GUARD = "guard"  # who: in the audit, what no person decided
+QUESTION_ID = 16  # digits of the hash that name a question to people
 JUDGED_VOTES = 500  # of an owner: the last ones, that decide on a quarantine
 _CHUNK = 400  # bound parameters in one statement
 

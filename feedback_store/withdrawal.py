@@ -21,7 +21,8 @@ def chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:
 
 def withdraw(connection: Connection, task_ids: Sequence[str], now: datetime) -> tuple[int, int]:
     """How many tasks were deleted and how many emptied. Those that a run has claimed are emptied (state `withdrawn`,
-    no messages, no gold): which run used them stays known. The same question may be asked for again, as a new task.
+    no messages, no gold), and keep their origins: which run used them stays known, and whose they were to who forgets
+    these later. The same question may be asked for again, as a new task.
     """
     emptied = 0
     hashes: set[str] = set()
@@ -52,9 +53,10 @@ def withdraw(connection: Connection, task_ids: Sequence[str], now: datetime) -> 
                     updated_at=now,
                 )
             )
-        connection.execute(delete(task_origins).where(task_origins.c.task_id.in_(some)))
         connection.execute(update(outcomes).where(outcomes.c.task_id.in_(some)).values(task_id=None))
-        connection.execute(delete(tasks).where(tasks.c.id.in_([id for id in some if id not in used])))
+        unused = [id for id in some if id not in used]
+        connection.execute(delete(task_origins).where(task_origins.c.task_id.in_(unused)))
+        connection.execute(delete(tasks).where(tasks.c.id.in_(unused)))
     for some in chunks(sorted(hashes)):  # of a question that nobody asks any more, not even its gold stays
         asked = select(tasks.c.id).where(tasks.c.question_hash == questions.c.hash).exists()
         connection.execute(delete(questions).where(questions.c.hash.in_(some), ~asked))

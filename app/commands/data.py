@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -97,7 +98,7 @@ def forget(
 
         def erase(dry: bool) -> Erased:
             of = {"conversation": name} if is_conversation else {"owner": name}
-            return store.erase(**of, dry_run=dry)
+            return store.erase(**of, dry_run=dry, who=getpass.getuser())
 
         plan = erase(True)
         if not dry_run and not yes:

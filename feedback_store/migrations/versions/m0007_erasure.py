@@ -76,7 +76,9 @@ def upgrade() -> None:
         for statement in _SQLITE_INDEX:
             op.execute(statement)
     else:
-        plain = "regexp_replace(normalize(text, NFKD), '[\u0300-\u036f]', '', 'g')"
+        bare = "regexp_replace(normalize(text, NFKD), '[\u0300-\u036f]', '', 'g')"
+        # Else an address, a URL or a decimal would be one word, which none of its parts finds.
+        plain = rf"regexp_replace({bare}, '[\x21-\x2f\x3a-\x40\x5b-\x60\x7b-\x7e]+', ' ', 'g')"
         op.execute(f"CREATE INDEX search_index ON search_texts USING gin (to_tsvector('simple', {plain}))")
     _index_turns(connection)
 
@@ -113,6 +115,7 @@ def _make_tombstones() -> None:
         sa.Column("owner_hash", sa.String(length=64), nullable=False),
         sa.Column("taints", sa.Boolean(), nullable=False),
         sa.Column("at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("swept_at", sa.DateTime(timezone=True), nullable=True),
         sa.ForeignKeyConstraint(["run_id"], ["runs.id"], name=op.f("fk_erased_uses_run_id_runs")),
         sa.ForeignKeyConstraint(["task_id"], ["tasks.id"], name=op.f("fk_erased_uses_task_id_tasks")),
         sa.ForeignKeyConstraint(
@@ -122,6 +125,12 @@ def _make_tombstones() -> None:
     )
     for column in ("run_id", "task_id", "conversation_id", "owner_hash"):
         op.create_index(op.f(f"ix_erased_uses_{column}"), "erased_uses", [column])
+    op.create_table(
+        "erased_results",
+        sa.Column("hash", sa.String(length=64), nullable=False),
+        sa.Column("at", sa.DateTime(timezone=True), nullable=False),
+        sa.PrimaryKeyConstraint("hash", name=op.f("pk_erased_results")),
+    )
 
 
 def _index_turns(connection: sa.Connection) -> None:
