@@ -68,11 +68,10 @@ def sweep(store: Store, home: Path, workspaces: Workspaces | None = None, *, vac
             forget = partial(forget_results, folder, set(left.results), in_use=folder.name in at_work)
             if done(forget, f"tool results in run {folder.name}"):
                 changed.add(folder.name)
-    if whys:
-        return Swept(0, len(changed), " ".join(whys))
     if not store.sweep_database(vacuum):
-        why = "a reader keeps the database's log in use, which may hold the text: repeat when it has ended."
-        return Swept(len(left.conversations), len(changed), why)
+        whys.append("a reader keeps the database's log in use, which may hold the text: repeat when it has ended.")
+    if whys:
+        return Swept(len(left.conversations), len(changed), " ".join(whys))
     store.mark_swept(left)
     return Swept(len(left.conversations), len(changed))
 

@@ -13,7 +13,6 @@ from sqlalchemy import (
     Connection,
     Row,
     Select,
-    and_,
     delete,
     exists,
     func,
@@ -26,17 +25,14 @@ from sqlalchemy import (
 from feedback_store.codec import clean
 from feedback_store.conversations import title_of
 from feedback_store.in_use import Askers, Busy, InUse
-from feedback_store.queue import give_up_claims
 from feedback_store.schema import (
     UtcTime,
     audit,
     conversations,
     erased_results,
     erased_turns,
-    erased_uses,
     outcomes,
     questions,
-    run_tasks,
     runs,
     search_texts,
     steps,
@@ -48,7 +44,7 @@ from feedback_store.schema import (
 )
 from feedback_store.settling import QUESTION_ID
 from feedback_store.taints import clean_ancestor, tainted_versions
-from feedback_store.uses import set_aside
+from feedback_store.uses import Uses
 from feedback_store.versions import current_version_of
 from feedback_store.withdrawal import chunks, withdraw
 
@@ -105,11 +101,11 @@ class Work:
         self._reason = reason
         self._skip_busy = skip_busy
         self._in_use = InUse(connection, now)
-        self._aside: dict[str, set[str]] = {}  # by run, the tasks that it didn't train on
         self._askers: Askers = {}  # of tasks so far
         self._kept: set[str] = set()  # tasks that others asked for, too
         self.questions: set[str] = set()  # hashes of those that lost a vote
         self.erased = Erased()
+        self._uses = Uses(connection, now, reason == "forgotten", self.erased.runs_ended)
 
     def erase(self, rows: Sequence[Any]) -> None:
         """Rows of conversations: id, owner, created_at."""
@@ -283,60 +279,7 @@ class Work:
         alone = [task_id for task_id in asked if task_id not in others]
         self._kept.difference_update(alone)
         self.erased.tasks_kept = len(self._kept)
-        self._note_uses({task_id: self._askers.get(task_id, set()) | asked[task_id] for task_id in alone})
+        self._uses.note({task_id: self._askers.get(task_id, set()) | asked[task_id] for task_id in alone})
         deleted, emptied = withdraw(self._connection, alone, self.now)
         self.erased.tasks_deleted += deleted
         self.erased.tasks_emptied += emptied
-
-    def _note_uses(self, gone: Askers) -> None:
-        """Writes down which runs trained on these tasks; one that was interrupted is ended."""
-        for some in chunks(list(gone)):
-            used = select(run_tasks.c.run_id, run_tasks.c.task_id).where(run_tasks.c.task_id.in_(some)).distinct()
-            by_run: dict[str, list[str]] = {}
-            for run_id, task_id in self._connection.execute(used):
-                by_run.setdefault(run_id, []).append(task_id)
-            for run_id, task_ids in by_run.items():
-                self._end(run_id)
-                self._take_out_of_report(run_id, task_ids)
-            rows = [
-                {
-                    "run_id": run_id,
-                    "task_id": task_id,
-                    "conversation_id": conversation,
-                    "owner_hash": hashed,
-                    "taints": self._reason == "forgotten",
-                    "at": self.now,
-                }
-                for run_id, task_ids in by_run.items()
-                for task_id in task_ids
-                if task_id not in self._set_aside(run_id)
-                for conversation, hashed in sorted(gone[task_id], key=str)
-            ]
-            if rows:
-                self._connection.execute(insert(erased_uses), rows)
-
-    def _set_aside(self, run_id: str) -> set[str]:
-        if run_id not in self._aside:
-            self._aside[run_id] = set_aside(self._connection, run_id)
-        return self._aside[run_id]
-
-    def _end(self, run_id: str) -> None:
-        """An interrupted run would go on with weights that were trained on what goes."""
-        running = and_(runs.c.id == run_id, runs.c.status == "running")
-        report = {"run": run_id, "status": "ended", "reasons": ["interrupted; then tasks of it were erased"]}
-        ended = update(runs).where(running).values(status="ended", report=report, finished_at=self.now)
-        if self._connection.execute(ended).rowcount:
-            give_up_claims(
-                self._connection, tasks.c.run_id == run_id, failed=False, claim_state="released", now=self.now
-            )
-            self.erased.runs_ended.append(run_id)
-
-    def _take_out_of_report(self, run_id: str, task_ids: Sequence[str]) -> None:
-        report = self._connection.execute(select(runs.c.report).where(runs.c.id == run_id)).scalar() or {}
-        if not (examples := report.get("examples")):
-            return
-        asked = self._connection.execute(select(tasks.c.messages).where(tasks.c.id.in_(task_ids))).scalars()
-        questions = [messages[-1].get("content") for messages in asked if messages]
-        left = [example for example in examples if example.get("question") not in questions]
-        without = report | {"examples": left}
-        self._connection.execute(update(runs).where(runs.c.id == run_id).values(report=without))

@@ -19,13 +19,14 @@ from app.unclosed import Unclosed
 from feedback_store import Busy, Store, StoreError
 from feedback_store.erasing import Work, owner_hash
 from feedback_store.errors import Conflict
+from feedback_store.withdrawal import withdraw
 from online_rl.replay import Replay
 from online_rl.result_record import ROLLOUTS, ResultRecord
 from online_rl.tasks.base import Task
 from serving.trajectory import Observation
 from tests.databases import rows
 from tests.test_store_erasure import MINE, OURS, SECRET, learn, talk
-from tests.test_store_postgres import connected, until
+from tests.test_store_postgres import until
 
 
 @pytest.fixture
@@ -109,23 +110,23 @@ def test_no_table_has_the_text_of_a_review_or_a_quarantine(store: Store, place: 
         assert SECRET not in str(rows(place, f"SELECT * FROM {table}")), table
 
 
-def test_a_vote_that_comes_meanwhile_is_kept(store: Store, place: str) -> None:
+def test_a_vote_that_comes_meanwhile_is_kept(store: Store, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if "postgres" not in place:
         pytest.skip("SQLite has one writer at a time")
     talk(store, "ada", OURS, "4")
-    (task,) = store.tasks()
-    with connected(place) as other:  # in the midst of `put_task`
-        other.execute(text("SELECT hash FROM questions FOR UPDATE"))
-        other.execute(
-            text("INSERT INTO task_origins (task_id, source, owner, at, trust) VALUES (:task, 's', 'bob', now(), 1)"),
-            {"task": task.id},
-        )
-        erasing = threading.Thread(target=store.erase, kwargs={"owner": "ada"})
-        erasing.start()
-        until(lambda: rows(place, "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
-        other.commit()
-        erasing.join(60)
-    assert [(one.id, one.owner) for one in store.tasks()] == [(task.id, "bob")]
+    voting = threading.Thread(target=store.add_task, args=(OURS, "exact", "4", "k", "upload", "bob"))
+
+    def withdraw_late(*arguments: Any) -> tuple[int, int]:  # once it is known who asked, and bob wasn't among them
+        waits = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        if voting.ident is None:
+            voting.start()
+        until(lambda: not voting.is_alive() or rows(place, waits))
+        return withdraw(*arguments)
+
+    monkeypatch.setattr("feedback_store.erasing.withdraw", withdraw_late)
+    store.erase(owner="ada")
+    voting.join(60)
+    assert [(task.owner, task.gold) for task in store.tasks()] == [("bob", "4")]
 
 
 def test_an_erased_turn_is_swept_after_a_crash_and_takes_its_title(store: Store, tmp_path: Path) -> None:
