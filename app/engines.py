@@ -97,6 +97,7 @@ def server_config(settings: Settings, model: str, key: str | None, purpose: str 
             tensor_parallel=settings.sglang_tensor_parallel,
             max_lora_rank=settings.sglang_lora_rank,
             memory_fraction=settings.sglang_memory_fraction,
+            max_loras=settings.max_loaded_versions,
             memory_saver=settings.sglang_memory_saver,
             deterministic=settings.sglang_deterministic,
             key=key,

@@ -90,7 +90,7 @@ async def _start(settings: Settings, progress: Progress, stack: AsyncExitStack) 
         engine,
         make_dialect(settings.dialect, base.tokenizer),
         toolbox,
-        Limits(settings.max_turns, settings.observation_tokens, tool_seconds(settings)),
+        Limits(settings.max_turns, settings.observation_tokens, tool_seconds(settings), settings.answer_tokens),
     )
     own = make_dialect(settings.dialect, deepcopy(base.tokenizer))
     toolbox.admit_if(partial(_check_room, own, engine.context_length))

@@ -104,7 +104,9 @@ class Settings(BaseSettings):
     sglang_memory_fraction: float | None = Field(
         None, gt=0, lt=1, description="of GPU memory for weights and KV cache; None: as SGLang finds best"
     )
-    sglang_memory_saver: bool = Field(False, description="let the server give its memory away for training")
+    sglang_memory_saver: bool = Field(
+        False, description="start it able to give its memory away; nothing asks it to, so far"
+    )
     sglang_deterministic: bool = Field(False, description="the same seed, the same answer; slower; not on a CPU")
     sglang_flags: Annotated[list[str], NoDecode] = Field(
         default_factory=list, description="more of sglang.launch_server's own, which win over the settings"
@@ -131,6 +133,7 @@ class Settings(BaseSettings):
     max_turns: int = Field(4, ge=0, description="tool calls in one answer")
     observation_tokens: int = Field(256, ge=16, description="of one tool result, read by the policy")
     max_tokens: int = Field(512, ge=16, description="of one generation; a request may ask for fewer")
+    answer_tokens: int = Field(1024, ge=16, description="the policy's own in one answer, over all its generations")
     dialect: Literal["tapo", "native"] = Field(
         "tapo", description="how the model writes its actions; the shipped version has learnt tapo"
     )
@@ -275,7 +278,7 @@ class Settings(BaseSettings):
                 f"files_mb {self.files_mb} is over half of python_memory_mb {self.python_memory_mb}: a program "
                 "couldn't be given its files. Lower the one or raise the other."
             )
-        if self.max_tokens + self.observation_tokens > self.context:
+        if self.engine == "embedded" and self.max_tokens + self.observation_tokens > self.context:
             raise ValueError(
                 f"max_tokens {self.max_tokens} + observation_tokens {self.observation_tokens} leave no room for a "
                 f"prompt in context {self.context}: raise context or lower one of them."

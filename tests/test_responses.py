@@ -380,3 +380,18 @@ async def test_langchain_by_responses(served: Served) -> None:
     served.engine.script = calculator  # whose tool shows in the stream as an extension
     streamed = "".join([chunk.text async for chunk in model.astream(Q)])
     assert streamed == "The result is 42."
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_metadata_that_says_nothing_is_no_error_and_a_golds_end_is_kept(served: Served, stream: bool) -> None:
+    ends = "2099-12-01T00:00:00+00:00"
+    for metadata in ({"verifier": None}, {"conversation_id": None},
+                     {"verifier": "numeric", "gold": "42", "gold_expires_at": ends}):  # fmt: skip
+        body = {"model": "whetstone", "input": Q, "metadata": metadata, "stream": stream}
+        async with httpx.AsyncClient(base_url=str(served.client.base_url), timeout=60) as client:
+            answered = await client.post("responses", json=body)
+        assert answered.status_code == 200
+        assert "response.completed" in answered.text or answered.json()["status"] == "completed"
+    (task,) = served.store.tasks()
+    assert task.expires_at is not None
+    assert task.expires_at.isoformat() == ends

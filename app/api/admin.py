@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 
 from app.api.errors import ApiError
-from app.api.schema import VersionTrial, VersionUse
+from app.api.schema import Rollback, VersionTrial, VersionUse
 from app.service import Service
 from feedback_store import InvalidRecord, QueuedTask, Run, Taint, Version
 from feedback_store.records import TaskState
@@ -46,9 +46,11 @@ def router(service: Service) -> APIRouter:
         return await service.call(look)
 
     @routes.post("/versions/rollback", summary="Put the version back in service that served before this one")
-    async def roll_back(body: VersionUse | None = None) -> dict[str, Any]:
+    async def roll_back(body: Rollback | None = None) -> dict[str, Any]:
         def previous() -> str:
             last = store.version_changes(1)
+            if body is not None and body.from_ is not None and (not last or last[0].version_id != body.from_):
+                raise ApiError(409, f"{body.from_} isn't in service.", "not_in_service", "from")
             if not last or last[0].previous is None:
                 raise ApiError(409, "no version served before this one.", "nothing_to_roll_back")
             return last[0].previous

@@ -286,6 +286,13 @@ class VersionUse(BaseModel):
     move_conversations: bool = False
 
 
+class Rollback(VersionUse):
+    """The body of POST /v1/admin/versions/rollback. `from`: the version that is to go; a call that is repeated, and
+    would bring it back, is refused then."""
+
+    from_: Annotated[str | None, Field(alias="from")] = None
+
+
 class Reason(BaseModel):
     """Why, kept in the record."""
 

@@ -41,7 +41,7 @@ def to_question(
     echo: dict[str, Any] = {
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
-        "metadata": metadata.model_dump(exclude_unset=True) if metadata else {},
+        "metadata": metadata.model_dump(mode="json", exclude_unset=True, exclude_none=True) if metadata else {},
         "previous_response_id": body.previous_response_id,
         "conversation": {"id": body.conversation_id} if body.conversation_id else None,
         "temperature": sampling.temperature,
@@ -59,6 +59,7 @@ def to_question(
         version=None if body.model == settings.model_name else body.model,
         verifier=metadata.verifier if metadata else None,
         gold=metadata.gold if metadata else None,
+        gold_expires_at=metadata.gold_expires_at if metadata else None,
         terms=_terms(body),
         server_tools=metadata is None or metadata.server_tools == "all",
         response=echo if echo["store"] else None,

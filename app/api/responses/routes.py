@@ -179,9 +179,9 @@ async def _stream(answering: Answering, echo: Mapping[str, Any]) -> Response:
 
 async def _events(answering: Answering, response: Events, first: ServiceEvent) -> AsyncGenerator[str]:
     async with aclosing(answering):
-        for kind, told in response.first():
-            yield sse(told, kind)
         try:
+            for kind, told in response.first():
+                yield sse(told, kind)
             event: ServiceEvent | None = first
             while event is not None:
                 now = response.last(event, time.time()) if isinstance(event, Finished) else response.event(event)
