@@ -6,7 +6,9 @@ Each step may be repeated: what a crash or a full disk cuts short, the next eras
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from tools.workspace import Workspaces
 
 log = logging.getLogger(__name__)
+
+_RUNS = 1000  # the newest, among which are those under way
 
 
 @dataclass(frozen=True)
@@ -31,33 +35,45 @@ def sweep(store: Store, home: Path, workspaces: Workspaces | None = None, *, vac
 
     `vacuum`: see `Store.sweep_database`.
     """
-    from online_rl.run_files import forget_tasks
+    from online_rl.run_files import forget_results, forget_tasks
     from tools.file_rules import WorkspaceError
     from tools.workspace import Workspaces
 
     files = workspaces or Workspaces(home / "files")
-
     left = store.unswept()
-    try:
-        for conversation_id in left.conversations:
-            files.forget(conversation_id)
-        changed = sum(
-            forget_tasks(home / "runs" / run.run_id, set(run.task_ids), whole=not run.has_version) for run in left.runs
+    whys: list[str] = []
+
+    def done(remove: Callable[[], object], what: str) -> bool:
+        """What can't be removed is told, and keeps nothing else from being removed."""
+        try:
+            return bool(remove())
+        except (OSError, WorkspaceError, ValueError) as error:  # the disk, or a run's file that isn't what was written
+            log.error("an erasure isn't finished: %s: %s", what, error)
+            whys.append(f"{what} couldn't be removed ({error}). Mend that and repeat; the record itself has forgotten.")
+            return False
+
+    for id in left.conversations:
+        done(partial(files.forget, id), f"the files of {id}")
+    changed = {
+        run.run_id
+        for run in left.runs
+        if done(
+            partial(forget_tasks, home / "runs" / run.run_id, set(run.task_ids), whole=not run.has_version),
+            f"the copies of run {run.run_id}",
         )
-    except (
-        OSError,
-        WorkspaceError,
-        ValueError,
-        KeyError,
-    ) as error:  # the disk, or a run's file that isn't what was written
-        log.error("an erasure isn't finished: %s", error)
-        why = f"the files couldn't be removed ({error}). Mend that and repeat; the record itself has forgotten."
-        return Swept(0, 0, why)
+    }
+    if left.results:
+        at_work = {run.id for run in store.runs(limit=_RUNS) if run.status == "running" and run.alive is not False}
+        for folder in sorted((home / "runs").glob("*")):
+            forget = partial(forget_results, folder, set(left.results), in_use=folder.name in at_work)
+            if done(forget, f"tool results in run {folder.name}"):
+                changed.add(folder.name)
     if not store.sweep_database(vacuum):
-        why = "a reader keeps the database's log in use, which may hold the text: repeat when it has ended."
-        return Swept(len(left.conversations), changed, why)
-    store.mark_swept(left.conversations)
-    return Swept(len(left.conversations), changed)
+        whys.append("a reader keeps the database's log in use, which may hold the text: repeat when it has ended.")
+    if whys:
+        return Swept(len(left.conversations), len(changed), " ".join(whys))
+    store.mark_swept(left)
+    return Swept(len(left.conversations), len(changed))
 
 
 def backups(store_path: Path) -> list[Path]:

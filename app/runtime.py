@@ -15,6 +15,7 @@ from app.service import Service
 from app.settings import Settings
 from app.tools import open_toolbox, tool_seconds
 from app.tracing import open_tracing
+from app.unclosed import Unclosed
 from feedback_store import StoreError
 from serving.agent import Agent, Limits
 from serving.dialects import make_dialect
@@ -57,9 +58,15 @@ async def _start(settings: Settings, progress: Progress, stack: AsyncExitStack) 
     left = await asyncio.to_thread(store.recover)
     if left:
         progress(f"Closed {left} turn{'s' if left > 1 else ''} that an earlier process left open")
+    unclosed = Unclosed(store)
+
+    def each_time() -> None:
+        unclosed.retry()
+        store.recover()
+
     present = ExitStack()
     stack.push_async_callback(asyncio.to_thread, present.close)
-    await asyncio.to_thread(present.enter_context, store.present(store.recover))
+    await asyncio.to_thread(present.enter_context, store.present(each_time))
     await asyncio.to_thread(install_shipped, store, settings.home)
     progress("Preparing the model (the first time, about half a minute)")
     engine, base = await open_engine(settings, store, progress, stack)
@@ -87,7 +94,9 @@ async def _start(settings: Settings, progress: Progress, stack: AsyncExitStack) 
     )
     own = make_dialect(settings.dialect, deepcopy(base.tokenizer))
     toolbox.admit_if(partial(_check_room, own, engine.context_length))
-    return Service(store, router, agent, engine, settings.max_answers, workspaces, settings.key_tools, tracing)
+    return Service(
+        store, router, agent, engine, settings.max_answers, workspaces, settings.key_tools, tracing, unclosed
+    )
 
 
 def _check_room(dialect: Dialect, context: int, tools: Sequence[ToolSchema]) -> None:

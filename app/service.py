@@ -19,6 +19,7 @@ import anyio
 
 from app.metrics import Metrics
 from app.tracing import Tracing, Untraced
+from app.unclosed import Unclosed
 from feedback_store import Conversation, NotFound, Outcome, Store, StoreError
 from feedback_store.records import FinalStatus, Turn
 from online_rl import verifiers
@@ -119,8 +120,10 @@ class Service:
         workspaces: Workspaces | None = None,
         key_tools: Mapping[str, Collection[str]] | None = None,
         tracing: Tracing | Untraced | None = None,
+        unclosed: Unclosed | None = None,
     ) -> None:
-        """`key_tools`: the tools that an owner's answers may use; an owner who isn't named has all of them."""
+        """`key_tools`: the tools that an owner's answers may use; an owner who isn't named has all of them.
+        `unclosed`: closes turns; whoever gives it calls its `retry` now and again."""
         self._key_tools = dict(key_tools or {})
         self.workspaces = workspaces
         self.store = store
@@ -131,6 +134,7 @@ class Service:
         self._max_answers = max_answers
         self.metrics = Metrics()
         self.tracing = tracing or Untraced()
+        self.unclosed = unclosed if unclosed is not None else Unclosed(store)
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -144,7 +148,8 @@ class Service:
         """`Started`, the agent's events but `Done`, then `Finished`. Closing the generator cancels the answer.
 
         Raises Overloaded, UnknownVerifier, BadGold, ToolClash, PromptTooLong, UnknownVersion, NotFound (the
-        conversation) before `Started`; EngineError and StoreError at any time, once the turn is closed as `error`.
+        conversation) before `Started`; EngineError and StoreError at any time, once the turn is closed as `error`. One
+        that the store can't close then is closed when it can: see `unclosed`.
         """
         if question.verifier is not None:
             await self.call(verifiers.check_gold, question.verifier, question.gold or "")
@@ -162,7 +167,7 @@ class Service:
             lease = self.router.lease(question.version, question.owner, question.conversation_id)
             version = await stack.enter_async_context(lease)
             started = await self._begin(question, version, prompt_ids)
-            recording = _Recording(self.store, started.turn_id)
+            recording = _Recording(self.unclosed, started.turn_id)
             stack.push_async_exit(recording.close)
             context = ToolContext(question.owner, started.conversation_id, started.turn_id)
             events = self._agent.answer(
@@ -364,8 +369,8 @@ class _ShieldedExitStack(AsyncExitStack):
 class _Recording:
     """Closes a turn exactly once: as done after the last event, else as cancelled or as an error."""
 
-    def __init__(self, store: Store, turn_id: str) -> None:
-        self._store = store
+    def __init__(self, turns: Unclosed, turn_id: str) -> None:
+        self._turns = turns
         self._turn_id = turn_id
         self._closed = False
         self.text = ""  # what has been streamed of the answer
@@ -386,4 +391,4 @@ class _Recording:
 
     async def _write(self, answer: str, status: FinalStatus, error: str = "") -> None:
         self._closed = True
-        await asyncio.to_thread(self._store.finish_turn, self._turn_id, answer, status, error)
+        await asyncio.to_thread(self._turns.finish, self._turn_id, answer, status, error)

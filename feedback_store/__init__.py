@@ -2,10 +2,11 @@
 
 from feedback_store.consent import Consent, Withdrawn
 from feedback_store.dead_letter import DeadTask
-from feedback_store.erasing import Busy, Erased
+from feedback_store.erasing import Erased
 from feedback_store.errors import DamagedRecord, InvalidRecord, NotFound, QueueFull, RunUnderWay, StoreError
 from feedback_store.gold import Policy
 from feedback_store.guards import Guards
+from feedback_store.in_use import Busy
 from feedback_store.records import (
     ApiKey,
     AuditEntry,

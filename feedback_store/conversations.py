@@ -39,6 +39,12 @@ def _last_user_message(messages: list[Message]) -> Message | None:
     return next((m for m in reversed(messages) if m["role"] == "user"), None)
 
 
+def title_of(messages: list[Message]) -> str:
+    """What a conversation without a title is called by a turn of it: the start of the user's last message."""
+    said = _last_user_message(messages)
+    return " ".join(said["content"].split())[:80] if said and isinstance(said.get("content"), str) else ""
+
+
 def _status_of_open_turn(connection: Connection, turn_id: str) -> str:
     """Nobody else ends the turn, or adds to it, before the transaction is over."""
     status = connection.execute(select(turns.c.status).where(turns.c.id == turn_id).with_for_update()).scalar()
@@ -152,9 +158,7 @@ class Conversations(Database):
             title, kept = row
             if stays:
                 kept = version if may_keep(connection, version, kept) else None
-            said = _last_user_message(prompt)
-            if not title and said and isinstance(said.get("content"), str):
-                title = " ".join(said["content"].split())[:80]
+            title = title or title_of(prompt)
             connection.execute(
                 update(conversations)
                 .where(conversations.c.id == conversation_id)

@@ -12,10 +12,8 @@ from sqlalchemy import (
     Connection,
     Row,
     Select,
-    and_,
     delete,
     exists,
-    false,
     func,
     insert,
     literal,
@@ -24,18 +22,17 @@ from sqlalchemy import (
 )
 
 from feedback_store.admission import retell
-from feedback_store.errors import InvalidRecord
+from feedback_store.conversations import title_of
 from feedback_store.ids import owner_hash
-from feedback_store.presence import lives
-from feedback_store.processes import Process
-from feedback_store.queue import give_up_claims
+from feedback_store.in_use import Askers, Busy, InUse
 from feedback_store.schema import (
     UtcTime,
+    audit,
     conversations,
+    erased_results,
     erased_turns,
-    erased_uses,
     outcomes,
-    run_tasks,
+    questions,
     runs,
     search_texts,
     steps,
@@ -45,15 +42,13 @@ from feedback_store.schema import (
     tool_results,
     turns,
 )
-from feedback_store.search import put_title_text
+from feedback_store.settling import QUESTION_ID
 from feedback_store.taints import clean_ancestor, tainted_versions
-from feedback_store.uses import set_aside
+from feedback_store.uses import Uses
 from feedback_store.versions import current_version_of
 from feedback_store.votes import remembered
 from feedback_store.withdrawal import chunks, withdraw
 
-Askers = dict[str, set[tuple[str | None, str]]]
-"""By task, who asked for it: (conversation, owner's hash)."""
 Reason = Literal["forgotten", "expired"]
 
 
@@ -93,10 +88,6 @@ class Erased:
             setattr(self, name, mine + value if isinstance(value, int | list) and name != "dry_run" else value)
 
 
-class Busy(InvalidRecord):
-    """An answer or a run works with what is to be erased."""
-
-
 class Work:
     """One erasure, inside its transaction."""
 
@@ -105,20 +96,22 @@ class Work:
         self.now = now
         self._reason = reason
         self._skip_busy = skip_busy
-        self._alive: list[str] | None = None  # runs under way, once they are asked for
-        self._aside: dict[str, set[str]] = {}  # by run, the tasks that it didn't train on
+        self._in_use = InUse(connection, now)
         self._askers: Askers = {}  # of tasks so far
+        self._kept: set[str] = set()  # tasks that others asked for, too
         self.questions: set[str] = set()  # hashes of those that lost a vote
         self.erased = Erased()
+        self._uses = Uses(connection, now, reason == "forgotten", self.erased.runs_ended)
 
     def erase(self, rows: Sequence[Any]) -> None:
         """Rows of conversations: id, owner, created_at."""
-        if self._skip_busy:
-            busy = self._busy([row.id for row in rows])
-            self.erased.skipped += len(busy)
-            rows = [row for row in rows if row.id not in busy]
-        elif busy := self._busy([row.id for row in rows]):
+        ids = [row.id for row in rows]
+        self._hold(task_origins.c.turn_id.in_(select(turns.c.id).where(turns.c.conversation_id.in_(ids))))
+        busy = self._in_use.conversations(ids, self._asked(ids))
+        if busy and not self._skip_busy:
             raise Busy(next(iter(busy.values())))
+        self.erased.skipped += len(busy)
+        rows = [row for row in rows if row.id not in busy]
         if not rows:
             return
         ids = [row.id for row in rows]
@@ -137,32 +130,52 @@ class Work:
         if turn.status == "running":
             raise Busy(f"Turn {turn.id} is being answered; erase it when that has ended.")
         its, mine = select(turns.c.id).where(turns.c.id == turn.id), task_origins.c.turn_id == turn.id
+        self._hold(mine)
         asked = self._connection.execute(select(task_origins.c.task_id).where(mine).distinct()).scalars().all()
-        for task_id, run in self._held(asked).items():
-            if self._is_alone(task_id, mine):
-                raise Busy(_held(run, task_id))
-        same = select(turns.c.id).where(turns.c.conversation_id == turn.conversation_id).order_by(turns.c.id)
-        if self._connection.execute(same.limit(1)).scalar() == turn.id:
-            named = conversations.c.id == turn.conversation_id
-            self._connection.execute(update(conversations).where(named).values(title=""))
-            put_title_text(self._connection, turn.conversation_id, "")
+        self._in_use.check_tasks(asked, mine)
+        named = (conversations.c.id == turn.conversation_id, conversations.c.title == title_of(turn.messages))
+        self._connection.execute(update(conversations).where(*named).values(title=""))
         self._note_turns(turns.c.id == turn.id)
         self._connection.execute(delete(search_texts).where(search_texts.c.turn_id == turn.id))
         self._erase_turns(its, {task_id: {(None, owner_hash(owner))} for task_id in asked})
 
-    def erase_tasks_of(self, owner: str) -> None:
-        """Those that an owner asked for without a conversation."""
+    def erase_tasks_of(self, owner: str) -> bool:
+        """Those that an owner asked for without a conversation; whether there were any."""
         mine = task_origins.c.owner == owner
+        self._hold(mine)
         asked: Askers = {
             task_id: {(None, owner_hash(owner))}
             for task_id in self._connection.execute(select(task_origins.c.task_id).where(mine).distinct()).scalars()
         }
-        for task_id, run in self._held(list(asked)).items():
-            if self._is_alone(task_id, mine):
-                raise Busy(_held(run, task_id))
+        self._in_use.check_tasks(list(asked), mine)
         with remembered(self._connection, mine, self.now, rights=True):
             self._connection.execute(delete(task_origins).where(mine))
         self._erase_tasks(asked)
+        return bool(asked)
+
+    def erase_verdicts_of(self, owner: str) -> bool:
+        """Those that an owner gave on others' turns, with gold and reason; whether there were any."""
+        gone = self._connection.execute(delete(outcomes).where(outcomes.c.owner == owner)).rowcount
+        self.erased.outcomes += gone
+        return gone > 0
+
+    def forget_reviews(self) -> None:
+        """What people wrote about the questions that lost a vote goes; a decision for a gold that is gone, too."""
+        for some in chunks(sorted(self.questions)):
+            its = questions.c.hash.in_(some)
+            reviewed = self._connection.execute(select(questions).where(its, questions.c.basis == "review")).all()
+            alike = select(tasks.c.question_hash, tasks.c.gold_key).where(tasks.c.question_hash.in_(some))
+            left = {tuple(row) for row in self._connection.execute(alike)}
+            for row in reviewed:
+                goes = row.gold_key is not None and (row.hash, row.gold_key) not in left
+                if goes and self._reason == "forgotten":
+                    open_again: dict[str, Any] = {"gold_key": None, "basis": "", "who": "", "at": self.now}
+                else:
+                    open_again = {}
+                changed = update(questions).where(questions.c.hash == row.hash)
+                self._connection.execute(changed.values(open_again | {"reason": ""}))
+            about = audit.c.subject.in_([digest[:QUESTION_ID] for digest in some])
+            self._connection.execute(update(audit).where(about).values(detail={}))
 
     def judge(self, tainted_before: set[str]) -> None:
         """Say what is tainted now, and what to do about it."""
@@ -177,20 +190,6 @@ class Work:
 
     # -- parts
 
-    def _busy(self, ids: Sequence[str]) -> dict[str, str]:
-        """Of these conversations, those that can't be erased now, and why."""
-        running = select(turns.c.conversation_id).where(turns.c.conversation_id.in_(ids), turns.c.status == "running")
-        busy = {
-            id: f"An answer of conversation {id} is under way; erase it when that has ended."
-            for id in self._connection.execute(running).scalars()
-        }
-        its = select(turns.c.id).where(turns.c.conversation_id.in_(ids))
-        asked = self._asked(ids)
-        for task_id, run in self._held(list(asked)).items():
-            if self._is_alone(task_id, task_origins.c.turn_id.in_(its)):
-                busy |= {conversation: _held(run, task_id) for conversation, _ in asked[task_id] if conversation}
-        return busy
-
     def _asked(self, ids: Sequence[str]) -> Askers:
         """The tasks that these conversations asked for, each with (conversation, owner's hash) of who did."""
         rows = self._connection.execute(
@@ -204,30 +203,13 @@ class Work:
             asked.setdefault(task_id, set()).add((conversation, owner_hash(owner)))
         return asked
 
-    def _is_alone(self, task_id: str, mine: ColumnElement[bool]) -> bool:
-        """Whether nobody asked for a task but by the origins that match `mine`."""
-        others = select(task_origins.c.id).where(task_origins.c.task_id == task_id, ~func.coalesce(mine, false()))
-        return self._connection.execute(others).first() is None
-
-    def _held(self, task_ids: Sequence[str]) -> dict[str, str]:
-        """Of these tasks, those that a run under way has claimed, and the run."""
-        if self._alive is None:
-            running = self._connection.execute(select(runs).where(runs.c.status == "running")).all()
-            self._alive = [row.id for row in running if self._is_alive(row)]
-        held: dict[str, str] = {}
-        for some in chunks(task_ids) if self._alive else ():
-            claims = select(run_tasks.c.task_id, run_tasks.c.run_id).where(
-                run_tasks.c.task_id.in_(some), run_tasks.c.run_id.in_(self._alive)
-            )
-            held |= {row.task_id: row.run_id for row in self._connection.execute(claims)}
-        return held
-
-    def _is_alive(self, run: Row[Any]) -> bool:
-        alive = lives(self._connection, Process(run.host, run.pid, run.process_started), self.now)
-        if alive is not None:
-            return alive
-        until = self._connection.execute(select(func.max(tasks.c.lease_until)).where(tasks.c.run_id == run.id)).scalar()
-        return until is not None and until > self.now  # a run of another machine counts as long as its leases do
+    def _hold(self, origins: ColumnElement[bool]) -> None:
+        """Holds the questions of the tasks that these origins asked for: on a server database, nobody votes on them
+        between the look at who asked and the deletion."""
+        its = select(tasks.c.question_hash).join(task_origins).where(origins, tasks.c.question_hash != "")
+        for some in chunks(sorted(set(self._connection.execute(its).scalars()))):
+            rows = select(questions.c.hash).where(questions.c.hash.in_(some)).order_by(questions.c.hash)
+            self._connection.execute(rows.with_for_update()).all()
 
     def _erase_turns(self, its: Select[Any], asked: Askers) -> None:
         """The turns whose ids `its` selects, with what hangs on them; `asked`: the tasks that they asked for."""
@@ -238,7 +220,9 @@ class Work:
         found.steps += execute(delete(steps).where(steps.c.turn_id.in_(its))).rowcount
         for some in chunks(seen):
             unseen = tool_results.c.hash.in_(some), ~exists().where(steps.c.result_hash == tool_results.c.hash)
-            found.tool_results += execute(delete(tool_results).where(*unseen)).rowcount
+            gone = list(execute(delete(tool_results).where(*unseen).returning(tool_results.c.hash)).scalars())
+            found.tool_results += len(gone)
+            self._note_results(gone)
         mine = task_origins.c.turn_id.in_(its)
         with remembered(self._connection, mine, self.now, rights=self._reason == "expired"):
             execute(delete(task_origins).where(mine))
@@ -271,6 +255,12 @@ class Work:
         columns = ["turn_id", "conversation_id", "version", "erased_at"]
         self._connection.execute(insert(erased_turns).from_select(columns, rows))
 
+    def _note_results(self, hashes: Sequence[str]) -> None:
+        """Runs may have given these to other tasks, too: their copies are to be found."""
+        if hashes and self._connection.execute(select(runs.c.id).limit(1)).first() is not None:
+            self._connection.execute(delete(erased_results).where(erased_results.c.hash.in_(hashes)))
+            self._connection.execute(insert(erased_results), [{"hash": each, "at": self.now} for each in hashes])
+
     def _erase_tasks(self, asked: Askers) -> None:
         """Tasks that nobody asks for any more; their origins are gone already."""
         others: dict[str, str] = {}
@@ -278,75 +268,18 @@ class Work:
             its = select(tasks.c.question_hash).where(tasks.c.id.in_(some), tasks.c.question_hash != "")
             self.questions |= set(self._connection.execute(its).scalars())
             left = select(task_origins.c.task_id, task_origins.c.owner).where(task_origins.c.task_id.in_(some))
-            others |= {
-                row.task_id: row.owner for row in self._connection.execute(left.order_by(task_origins.c.id.desc()))
-            }
+            for task_id, owner in self._connection.execute(left.order_by(task_origins.c.id.desc())):
+                others[task_id] = owner
+                if all(owner_hash(owner) != hashed for _, hashed in asked[task_id]):
+                    self._kept.add(task_id)
         for task_id, owner in others.items():  # by whom it was asked first, and in which words, isn't told any more
-            self._connection.execute(update(tasks).where(tasks.c.id == task_id).values(owner=owner))
+            its_own = (tasks.c.id == task_id, tasks.c.state != "withdrawn")
+            self._connection.execute(update(tasks).where(*its_own).values(owner=owner))
             retell(self._connection, task_id)
         alone = [task_id for task_id in asked if task_id not in others]
-        self.erased.tasks_kept += len(others)
-        self._note_uses({task_id: self._askers.get(task_id, set()) | asked[task_id] for task_id in alone})
+        self._kept.difference_update(alone)
+        self.erased.tasks_kept = len(self._kept)
+        self._uses.note({task_id: self._askers.get(task_id, set()) | asked[task_id] for task_id in alone})
         deleted, emptied, _ = withdraw(self._connection, alone, self.now)
         self.erased.tasks_deleted += deleted
         self.erased.tasks_emptied += emptied
-
-    def _note_uses(self, gone: Askers) -> None:
-        """Writes down which runs trained on these tasks; one that was interrupted is ended."""
-        for some in chunks(list(gone)):
-            used = select(run_tasks.c.run_id, run_tasks.c.task_id).where(run_tasks.c.task_id.in_(some)).distinct()
-            by_run: dict[str, list[str]] = {}
-            for run_id, task_id in self._connection.execute(used):
-                by_run.setdefault(run_id, []).append(task_id)
-            for run_id, task_ids in by_run.items():
-                self._end(run_id)
-                self._take_out_of_report(run_id, task_ids)
-            rows = [
-                {
-                    "run_id": run_id,
-                    "task_id": task_id,
-                    "conversation_id": conversation,
-                    "owner_hash": hashed,
-                    "taints": self._reason == "forgotten",
-                    "at": self.now,
-                }
-                for run_id, task_ids in by_run.items()
-                for task_id in task_ids
-                if task_id not in self._set_aside(run_id)
-                for conversation, hashed in sorted(gone[task_id], key=str)
-            ]
-            if rows:
-                self._connection.execute(insert(erased_uses), rows)
-
-    def _set_aside(self, run_id: str) -> set[str]:
-        if run_id not in self._aside:
-            self._aside[run_id] = set_aside(self._connection, run_id)
-        return self._aside[run_id]
-
-    def _end(self, run_id: str) -> None:
-        """An interrupted run would go on with weights that were trained on what goes."""
-        running = and_(runs.c.id == run_id, runs.c.status == "running")
-        report = {"run": run_id, "status": "ended", "reasons": ["interrupted; then tasks of it were erased"]}
-        ended = update(runs).where(running).values(status="ended", report=report, finished_at=self.now)
-        if self._connection.execute(ended).rowcount:
-            give_up_claims(
-                self._connection, tasks.c.run_id == run_id, failed=False, claim_state="released", now=self.now
-            )
-            self.erased.runs_ended.append(run_id)
-
-    def _take_out_of_report(self, run_id: str, task_ids: Sequence[str]) -> None:
-        report = self._connection.execute(select(runs.c.report).where(runs.c.id == run_id)).scalar() or {}
-        if not (examples := report.get("examples")):
-            return
-        asked = self._connection.execute(select(tasks.c.messages).where(tasks.c.id.in_(task_ids))).scalars()
-        questions = [messages[-1].get("content") for messages in asked if messages]
-        left = [example for example in examples if example.get("question") not in questions]
-        without = report | {"examples": left}
-        self._connection.execute(update(runs).where(runs.c.id == run_id).values(report=without))
-
-
-def _held(run_id: str, task_id: str) -> str:
-    return (
-        f"Run {run_id} is under way and has claimed the task {task_id}, which came of it. Erase when the run has "
-        "ended, or interrupt it first: it can't go on then."
-    )

@@ -6,12 +6,14 @@ behind in its file) is swept afterwards: `sweep` says what is still to do, and i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 
 from sqlalchemy import Connection, delete, select, update
 
+from feedback_store.audit import note
+from feedback_store.database import again_after_conflicts, in_several_transactions
 from feedback_store.erasing import Erased, Reason, Work
 from feedback_store.errors import InvalidRecord, NotFound
 from feedback_store.gold import Judging
@@ -27,14 +29,18 @@ _ROWS = (
     .with_for_update()
 )
 # On PostgreSQL the lock keeps new turns out; SQLite has one writer anyway.
+RETENTION = "retention"  # who: in the audit, what only grew too old
 
 
 class Erasure(Judging):
-    def erase(self, *, conversation: str | None = None, owner: str | None = None, dry_run: bool = False) -> Erased:
+    def erase(
+        self, *, conversation: str | None = None, owner: str | None = None, dry_run: bool = False, who: str = ""
+    ) -> Erased:
         """Forgets a conversation, or all of an owner's with every task that they asked for, in one transaction.
 
         The caller sweeps afterwards (see `unswept`). What was erased before is counted in `already`. Raises NotFound,
-        and Busy while an answer of it, or a run that uses its tasks, is under way. `dry_run` only counts.
+        and Busy while an answer of it, or a run that uses its tasks, is under way. `dry_run` only counts. `who`: in
+        the audit; the owner themself, by the hash, where nobody is named.
         """
         if (conversation is None) == (owner is None):
             raise InvalidRecord("Say what to forget: a conversation, or an owner.")
@@ -44,18 +50,22 @@ class Erasure(Judging):
             work.erased.already = _already(connection, conversation, owner)
             for some in chunks(rows):
                 work.erase(some)
+            found = bool(rows or work.erased.already)
             if owner is not None:
-                work.erase_tasks_of(owner)  # what they refused stays refused
+                found |= work.erase_tasks_of(owner) | work.erase_verdicts_of(owner)
+                # what they refused stays refused
                 connection.execute(delete(consents).where(consents.c.owner == owner, consents.c.training))
                 forget_in_quarantine(connection, owner)
-                hashed = {"subject": owner_hash(owner)}
-                connection.execute(update(audit).where(audit.c.subject == owner).values(hashed))
-            done = work.erased
-            if not (rows or done.already or done.tasks_deleted or done.tasks_emptied):
+                nameless = {"subject": owner_hash(owner), "detail": {}}
+                connection.execute(update(audit).where(audit.c.subject == owner).values(nameless))
+            if not found:
                 raise NotFound(*("owner", owner) if owner is not None else ("conversation", str(conversation)))
+            of = str(conversation) if owner is None else owner_hash(owner)
+            if rows or owner is not None:
+                _note(connection, work, who or owner_hash(owner or rows[0].owner), "forget", of)
         return work.erased
 
-    def erase_turn(self, turn_id: str) -> Erased:
+    def erase_turn(self, turn_id: str, who: str = "") -> Erased:
         """Forgets one turn, as `erase` does a conversation, which stays. Later turns keep what they were asked with,
         which may tell what was said here. Raises NotFound and Busy."""
         with self._erasing("forgotten", False, skip_busy=False) as (connection, work):
@@ -63,27 +73,37 @@ class Erasure(Judging):
             if row is None:
                 raise NotFound("turn", turn_id)
             whose = select(conversations.c.owner).where(conversations.c.id == row.conversation_id)
-            work.erase_turn(row, connection.execute(whose).scalar_one())
+            owner = connection.execute(whose).scalar_one()
+            work.erase_turn(row, owner)
+            _note(connection, work, who or owner_hash(owner), "forget.turn", turn_id)
         return work.erased
 
+    @in_several_transactions
     def expire(self, before: datetime, dry_run: bool = False) -> Erased:
         """Erases the conversations that have rested since `before`, some in each transaction; the caller sweeps.
 
         Versions that were trained on them aren't tainted: nobody took anything back. Conversations of which an answer
         or a task is in use are skipped.
         """
-        with self._read() as connection:
-            old = connection.execute(
-                select(conversations.c.id).where(conversations.c.updated_at < before).order_by(conversations.c.id)
-            ).scalars()
-            ids = list(old)
         total = Erased(dry_run=dry_run)
-        for some in chunks(ids):
-            with self._erasing("expired", dry_run, skip_busy=True) as (connection, work):
-                still = conversations.c.id.in_(some), conversations.c.updated_at < before
-                work.erase(connection.execute(_ROWS.where(*still)).all())
-            total.add(work.erased)
+        for some in chunks(self._rested(before)):
+            total.add(self._expire(some, before, dry_run))
         return total
+
+    @again_after_conflicts
+    def _rested(self, before: datetime) -> list[str]:
+        old = select(conversations.c.id).where(conversations.c.updated_at < before).order_by(conversations.c.id)
+        with self._read() as connection:
+            return list(connection.execute(old).scalars())
+
+    @again_after_conflicts
+    def _expire(self, some: Sequence[str], before: datetime, dry_run: bool) -> Erased:
+        with self._erasing("expired", dry_run, skip_busy=True) as (connection, work):
+            still = conversations.c.id.in_(some), conversations.c.updated_at < before
+            work.erase(connection.execute(_ROWS.where(*still)).all())
+            if work.erased.conversations:
+                _note(connection, work, RETENTION, "expire", f"rested since {before:%Y-%m-%d %H:%M}")
+        return work.erased
 
     @contextmanager
     def _erasing(self, reason: Reason, dry_run: bool, skip_busy: bool) -> Iterator[tuple[Connection, Work]]:
@@ -93,6 +113,7 @@ class Erasure(Judging):
             tainted = set(tainted_versions(connection))
             work = Work(connection, self._now(), reason, skip_busy)
             yield connection, work
+            work.forget_reviews()
             if reason == "expired":
                 keep_known(connection, work.questions)
             decide(connection, work.questions, self.policy, work.now)  # their votes are gone
@@ -102,6 +123,13 @@ class Erasure(Judging):
                 transaction = connection.get_transaction()
                 assert transaction is not None, "_write begins one"
                 transaction.rollback()
+
+
+def _note(connection: Connection, work: Work, who: str, action: str, subject: str) -> None:
+    """Into the audit: how much went, no text."""
+    counts = {"conversations": len(work.erased.conversations), "turns": work.erased.turns}
+    counts["tasks"] = work.erased.tasks_deleted + work.erased.tasks_emptied
+    note(connection, work.now, who, action, subject, counts)
 
 
 def _already(connection: Connection, conversation: str | None, owner: str | None) -> int:

@@ -12,10 +12,8 @@ from feedback_store.gold import Judging
 from feedback_store.queue import state_at
 from feedback_store.records import Claim, Review
 from feedback_store.schema import questions, task_origins, tasks
-from feedback_store.settling import decide, lock_question
+from feedback_store.settling import QUESTION_ID, decide, lock_question
 from feedback_store.votes import ended, is_known_as, quarantined
-
-_ID = 16  # digits of the hash that name a question to people
 
 
 class Reviews(Judging):
@@ -62,8 +60,16 @@ class Reviews(Judging):
                     )
             values = {"gold_key": key, "basis": "review", "who": who, "reason": reason, "at": now}
             connection.execute(update(questions).where(questions.c.hash == digest).values(values))
-            detail = {"gold": gold, "reason": reason}
-            note(connection, now, who, "review.accept" if gold is not None else "review.reject", digest[:_ID], detail)
+            right = select(tasks.c.id).where(tasks.c.question_hash == digest, tasks.c.gold == gold).order_by(tasks.c.id)
+            detail = {"task": connection.execute(right.limit(1)).scalar(), "reason": reason}  # which has the gold
+            note(
+                connection,
+                now,
+                who,
+                "review.accept" if gold is not None else "review.reject",
+                digest[:QUESTION_ID],
+                detail,
+            )
             decide(connection, [digest], self.policy, now, owners=_voters(connection, digest))
             return self._look(connection, digest)
 
@@ -75,8 +81,8 @@ class Reviews(Judging):
             its = (questions.c.hash == digest, questions.c.basis == "review")
             open_again = {"gold_key": None, "basis": "", "who": "", "reason": "", "at": now}
             if not connection.execute(update(questions).where(*its).values(open_again)).rowcount:
-                raise InvalidRecord(f"Nothing was decided about question {digest[:_ID]}.")
-            note(connection, now, who, "review.withdraw", digest[:_ID], {"reason": reason})
+                raise InvalidRecord(f"Nothing was decided about question {digest[:QUESTION_ID]}.")
+            note(connection, now, who, "review.withdraw", digest[:QUESTION_ID], {"reason": reason})
             decide(connection, [digest], self.policy, now)
             return self._look(connection, digest)
 
@@ -97,10 +103,10 @@ class Reviews(Judging):
         look = select(tasks, state_at(self._now()).label("state_now")).where(tasks.c.question_hash == digest)
         its_tasks = connection.execute(look.order_by(tasks.c.id)).all()
         if not its_tasks:
-            raise NotFound("task of question", digest[:_ID])
+            raise NotFound("task of question", digest[:QUESTION_ID])
         waiting = [task for task in its_tasks if task.state_now == "review"]
         return Review(
-            id=digest[:_ID],
+            id=digest[:QUESTION_ID],
             messages=its_tasks[0].messages,
             verifiers=sorted({task.verifier for task in its_tasks}),
             golds=_golds(connection, its_tasks),

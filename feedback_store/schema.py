@@ -405,8 +405,16 @@ erased_uses = Table(  # what a run trained on and was erased since
     Column("owner_hash", String(64), nullable=False),
     Column("taints", Boolean, nullable=False),  # the run's versions: not where the text only grew too old
     Column("at", UtcTime, nullable=False),
+    Column("swept_at", UtcTime),  # when the run's own copy was gone too
     Index(None, "run_id"),
     Index(None, "task_id"),
     Index(None, "conversation_id"),
     Index(None, "owner_hash"),
+)
+
+erased_results = Table(  # of tools, as long as a run's folder may hold a copy
+    "erased_results",
+    metadata,
+    Column("hash", String(64), primary_key=True),  # see `tool_results.result_hash`
+    Column("at", UtcTime, nullable=False),
 )

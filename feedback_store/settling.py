@@ -21,6 +21,7 @@ from feedback_store.schema import quarantines, questions, task_origins, tasks
 from feedback_store.votes import ended, is_known_as, last_votes, quarantined, record_of
 
 GUARD = "guard"  # who: in the audit, what no person decided
+QUESTION_ID = 16  # digits of the hash that name a question to people
 _CHUNK = 400  # bound parameters in one statement
 
 

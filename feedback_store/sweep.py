@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
-from sqlalchemy import or_, select, text, update
+from sqlalchemy import delete, select, text, update
 from sqlalchemy.pool import PoolProxiedConnection
 
 from feedback_store.database import Database
 from feedback_store.errors import explained
-from feedback_store.schema import erased_uses, tombstones, versions
+from feedback_store.schema import erased_results, erased_uses, tombstones, versions
 from feedback_store.withdrawal import chunks
 
-_TABLES = "turns, steps, tool_results, outcomes, tasks, conversations, search_texts, runs"
+_TABLES = (
+    "turns, steps, tool_results, outcomes, tasks, task_origins, questions, quarantines, audit, consents, "
+    "conversations, search_texts, runs, run_stages, erased_results"
+)
 _WAIT_MS = 2000  # for readers of the log; writers wait meanwhile
 
 
@@ -29,17 +31,23 @@ class RunCopies:
 
 @dataclass(frozen=True)
 class Unswept:
+    """`results`: hashes of tools' results, of which any run's folder may hold a copy."""
+
     conversations: list[str]
     runs: list[RunCopies]
+    results: list[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.conversations or self.runs or self.results)
 
 
 class Sweep(Database):
     def unswept(self) -> Unswept:
-        """What erased conversations may still have outside the record."""
+        """What was erased may still have this outside of the record."""
         with self._read() as connection:
             left = select(tombstones.c.conversation_id).where(tombstones.c.swept_at.is_(None))
-            its = or_(erased_uses.c.conversation_id.in_(left), erased_uses.c.conversation_id.is_(None))
             by_run: dict[str, list[str]] = {}
+            its = erased_uses.c.swept_at.is_(None)
             uses = (
                 select(erased_uses.c.run_id, erased_uses.c.task_id).where(its).distinct().order_by(erased_uses.c.run_id)
             )
@@ -51,6 +59,7 @@ class Sweep(Database):
             return Unswept(
                 list(connection.execute(left.order_by(tombstones.c.conversation_id)).scalars()),
                 [RunCopies(run_id, tasks, run_id in made) for run_id, tasks in by_run.items()],
+                list(connection.execute(select(erased_results.c.hash).order_by(erased_results.c.hash)).scalars()),
             )
 
     def sweep_database(self, vacuum: bool) -> bool:
@@ -63,16 +72,28 @@ class Sweep(Database):
         self._check_usable()
         if self._engine.dialect.name != "sqlite":
             with explained(self._where), self._engine.execution_options(isolation_level="AUTOCOMMIT").connect() as it:
-                it.execute(text(f"VACUUM {'FULL ' if vacuum else ''}{_TABLES}"))
+                it.execute(text("SET statement_timeout = 0"))  # a large table takes as long as it takes
+                try:
+                    it.execute(text(f"VACUUM {'FULL ' if vacuum else ''}{_TABLES}"))
+                finally:
+                    it.execute(text("RESET statement_timeout"))
             return True
         with self._in_turn(), explained(self._where), closing(self._engine.raw_connection()) as connection:
             return _sweep_sqlite(connection, vacuum, round(self._busy_seconds * 1000))
 
-    def mark_swept(self, conversation_ids: Sequence[str]) -> None:
+    def mark_swept(self, done: Unswept) -> None:
+        """`done`, as `unswept` gave it, is gone outside of the record, too."""
+        now = self._now()
         with self._write() as connection:
-            for some in chunks(conversation_ids):
+            for some in chunks(done.conversations):
                 its = tombstones.c.conversation_id.in_(some)
-                connection.execute(update(tombstones).where(its).values(swept_at=self._now()))
+                connection.execute(update(tombstones).where(its).values(swept_at=now))
+            for run in done.runs:
+                for some in chunks(run.task_ids):
+                    used = (erased_uses.c.run_id == run.run_id, erased_uses.c.task_id.in_(some))
+                    connection.execute(update(erased_uses).where(*used).values(swept_at=now))
+            for some in chunks(done.results):
+                connection.execute(delete(erased_results).where(erased_results.c.hash.in_(some)))
 
 
 def _sweep_sqlite(pooled: PoolProxiedConnection, vacuum: bool, wait_ms: int) -> bool:

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, Text, cast, literal, select
+from sqlalchemy import Connection, Row, Select, Text, cast, literal, or_, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from feedback_store.codec import clean, to_json
-from feedback_store.database import Database
+from feedback_store.consent import Consents
 from feedback_store.errors import DamagedRecord, InvalidRecord, NotFound
 from feedback_store.records import ObservationLike, StoredObservation, ToolResult
 from feedback_store.schema import conversations, steps, task_origins, tool_results, turns
@@ -98,7 +98,7 @@ def stored_observation(row: Row[Any]) -> StoredObservation | None:
     return found
 
 
-class ToolResults(Database):
+class ToolResults(Consents):
     def tool_results(self, turn_id: str | None = None, conversation_id: str | None = None) -> list[ToolResult]:
         """What the steps of a turn, or of every turn of a conversation, saw; oldest first."""
         if (turn_id is None) == (conversation_id is None):
@@ -131,11 +131,12 @@ class ToolResults(Database):
         task_id: str | None = None,
         before: datetime | None = None,
         errors: bool = True,
+        for_training: bool = False,
     ) -> StoredObservation | None:
         """The newest result of `tool` for exactly this `input`, or None. A step's `tool_input` is one, or its `input`.
 
         Only of one turn, of one conversation, or of the turns that asked for one task; only from `before` a moment;
-        without `errors`, only of calls that worked.
+        without `errors`, only of calls that worked; `for_training`, only of owners who consent to that.
         """
         query = steps_with_results().where(steps.c.call_hash == call_hash(tool, input))
         if turn_id is not None:
@@ -151,6 +152,11 @@ class ToolResults(Database):
             query = query.where(steps.c.created_at < before)
         if not errors:
             query = query.where(tool_results.c.error.is_(False))
+        if for_training:
+            owner = conversations.c.owner
+            said = turns.join(conversations, conversations.c.id == turns.c.conversation_id)
+            may = select(turns.c.id).select_from(said).where(or_(owner == "", self._may_train(owner)))
+            query = query.where(steps.c.turn_id.in_(may))
         newest = query.order_by(steps.c.created_at.desc(), steps.c.turn_id.desc(), steps.c.position.desc()).limit(1)
         with self._read() as connection:
             row = connection.execute(newest).first()

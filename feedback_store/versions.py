@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 from sqlalchemy import Connection, Row, func, insert, select, update
 
+from feedback_store.audit import note
 from feedback_store.database import Database
 from feedback_store.errors import InvalidRecord, NotFound
 from feedback_store.postgres import Lock, hold
@@ -148,7 +149,7 @@ class Versions(Database):
                 update(versions).where(versions.c.id == id).values(status=status, updated_at=self._now())
             )
 
-    def set_current(self, id: str, reason: str, move_conversations: bool = False) -> int:
+    def set_current(self, id: str, reason: str, move_conversations: bool = False, who: str = "whetstone") -> int:
         """Puts a published version in service and records the change; nothing changes if it serves already. Its trial
         as a canary ends with that.
 
@@ -165,13 +166,14 @@ class Versions(Database):
                 connection.execute(
                     insert(version_changes).values(version_id=id, previous=previous, reason=reason, at=self._now())
                 )
+                note(connection, self._now(), who, "version.use", id, {"previous": previous, "reason": reason})
                 if canary is not None and canary.version == id:
-                    self._record_canary(connection, id, 0.0, "put in service")
+                    self._record_canary(connection, id, 0.0, "put in service", who)
                     canary = None
             if _is_full(connection, id) or _is_full(connection, previous):
                 move_conversations = True
                 if canary is not None:
-                    self._record_canary(connection, canary.version, 0.0, f"full weights changed: {id}")
+                    self._record_canary(connection, canary.version, 0.0, f"full weights changed: {id}", who)
                     canary = None
             if not move_conversations:
                 return 0
@@ -189,7 +191,9 @@ class Versions(Database):
             rows = connection.execute(select(version_changes).order_by(version_changes.c.id.desc()).limit(limit))
             return [VersionChange(row.version_id, row.previous, row.reason, row.at) for row in rows]
 
-    def set_canary(self, id: str, share: float, reason: str, move_conversations: bool = False) -> int:
+    def set_canary(
+        self, id: str, share: float, reason: str, move_conversations: bool = False, who: str = "whetstone"
+    ) -> int:
         """Tries a published version on a share of the new conversations, in place of any other canary; 0 ends it.
 
         `move_conversations`, at the end of a trial: those that began on it go on with the current one. Returns how
@@ -215,12 +219,12 @@ class Versions(Database):
                             "be tried beside it."
                         )
                 if canary != Canary(id, share):
-                    self._record_canary(connection, id, share, reason)
+                    self._record_canary(connection, id, share, reason, who)
                 return 0
             if canary is not None and canary.version != id:
                 raise InvalidRecord(f"Version {id!r} isn't on trial; {canary.version!r} is.")
             if canary is not None:
-                self._record_canary(connection, id, 0.0, reason)
+                self._record_canary(connection, id, 0.0, reason, who)
             if not move_conversations or current_version_of(connection) == id:
                 return 0
             on_it = conversations.c.version == id
@@ -262,5 +266,7 @@ class Versions(Database):
     def _idle_since(self, idle_seconds: float) -> datetime:
         return self._now() - timedelta(seconds=idle_seconds)
 
-    def _record_canary(self, connection: Connection, id: str, share: float, reason: str) -> None:
-        connection.execute(insert(canary_changes).values(version_id=id, share=share, reason=reason, at=self._now()))
+    def _record_canary(self, connection: Connection, id: str, share: float, reason: str, who: str) -> None:
+        now = self._now()
+        connection.execute(insert(canary_changes).values(version_id=id, share=share, reason=reason, at=now))
+        note(connection, now, who, "version.canary", id, {"share": share, "reason": reason})

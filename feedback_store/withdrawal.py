@@ -24,8 +24,9 @@ def chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:
 def withdraw(connection: Connection, task_ids: Sequence[str], now: datetime) -> tuple[int, int, set[str]]:
     """How many tasks were deleted and how many emptied, and the questions, which are to be decided anew.
 
-    Those that a run has claimed are emptied (state `withdrawn`, no messages, no gold): which run used them stays known.
-    The same question may be asked for again, as a new task.
+    Those that a run has claimed are emptied (state `withdrawn`, no messages, no gold), and keep their origins: which
+    run used them stays known, and whose they were to who forgets these later. The same question may be asked for again,
+    as a new task.
     """
     emptied = 0
     hashes: set[str] = set()
@@ -65,7 +66,8 @@ def _withdraw(connection: Connection, some: Sequence[str], now: datetime) -> int
                 updated_at=now,
             )
         )
-    connection.execute(delete(task_origins).where(task_origins.c.task_id.in_(some)))
     connection.execute(update(outcomes).where(outcomes.c.task_id.in_(some)).values(task_id=None))
-    connection.execute(delete(tasks).where(tasks.c.id.in_([id for id in some if id not in used])))
+    unused = [id for id in some if id not in used]
+    connection.execute(delete(task_origins).where(task_origins.c.task_id.in_(unused)))
+    connection.execute(delete(tasks).where(tasks.c.id.in_(unused)))
     return len(used)

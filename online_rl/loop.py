@@ -257,12 +257,14 @@ class _Run:
             if over := [task.meta["queue_id"] for n, task in enumerate(tasks) if n not in kept]:
                 aside[OVER_SHARE] = [*aside.get(OVER_SHARE, []), *over]
                 tasks = [task for n, task in enumerate(tasks) if n in kept]
+                unused.update(over)
             claimed = len(tasks)
             tasks += self.options.practice[claimed:]
             _write(file, [asdict(task) for task in tasks])
             counts = {reason: len(ids) for reason, ids in aside.items()}
             some = {reason: ids[:20] for reason, ids in aside.items()}
-            self._journal("claim", claimed=claimed, practice=len(tasks) - claimed, set_aside=counts, examples=some)
+            told = {"set_aside": counts, "examples": some, "unused": sorted(unused)}  # for `feedback_store.uses`, all
+            self._journal("claim", claimed=claimed, practice=len(tasks) - claimed, **told)
         stages = self.store.run(self.id).stages
         self.set_aside = next((dict(s.detail["set_aside"]) for s in stages if s.stage == "claim"), {})
         from_queue = sum(task.source == "queue" for task in tasks)

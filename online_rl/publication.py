@@ -71,4 +71,4 @@ def promote(store: Store, run_id: str, names: tuple[str, str], tasks: Sequence[T
             f"`whetstone versions use {candidate}` puts it in service."
         )
     store.complete(run_id, [task.meta["queue_id"] for task in tasks if task.source == "queue"])
-    store.set_current(candidate, f"{run_id}: {reason}")
+    store.set_current(candidate, f"{run_id}: {reason}", who=run_id)

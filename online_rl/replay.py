@@ -35,6 +35,8 @@ class Replay:
     3. the newest result that any conversation saw, if it is no error;
     4. the tool itself; in mode `recorded`, an observation that there is no result.
 
+    1 and 3 leave out the conversations of owners who don't consent to training.
+
     Mode `live` skips 1 and 3. `misses` counts the calls of `recorded` that found nothing.
     """
 
@@ -85,10 +87,10 @@ def _of_its_turn(store: Store, task: Task, tool: str, input: str) -> Observation
     turn_id, task_id = task.meta.get("turn_id"), task.meta.get("queue_id")
     if turn_id is None and task_id is None:
         return None
-    found = store.recorded_result(tool, input, turn_id=turn_id, task_id=None if turn_id else task_id)
+    found = store.recorded_result(tool, input, turn_id=turn_id, task_id=None if turn_id else task_id, for_training=True)
     return None if found is None else Observation(**vars(found))
 
 
 def _of_any(store: Store, tool: str, input: str) -> Observation | None:
-    found = store.recorded_result(tool, input, errors=False)
+    found = store.recorded_result(tool, input, errors=False, for_training=True)
     return None if found is None else Observation(**vars(found))

@@ -265,9 +265,9 @@ def test_the_review_list_the_quarantine_and_the_audit(store: Store) -> None:
     assert "count again" in queue("quarantine", "lift", "key-a")
     actions = [entry["action"] for entry in json.loads(queue("audit", "--json"))]
     assert actions == [
-        "quarantine.lift", "quarantine", "review.withdraw", "review.reject", "review.accept"
+        "quarantine.lift", "quarantine", "review.withdraw", "review.reject", "review.accept", "version.use"
     ]  # fmt: skip
-    assert "gold 2, reason measured" in queue("audit", "--action", "review.accept")
+    assert "reason measured" in queue("audit", "--action", "review.accept")
     assert "No task is dead" in queue("dead")
     for wrong in (
         ["review", "show", "0"],

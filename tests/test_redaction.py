@@ -87,3 +87,8 @@ def test_a_run_trains_on_what_is_left_and_on_who_consents(base: BaseModel, tmp_p
         (claim,) = [stage.detail for stage in store.run(result.run_id).stages if stage.stage == "claim"]
         assert list(claim["set_aside"]) == ["a number of its question would be redacted"]
         assert "Mine alone" not in str(store.tasks())
+        spoilt, used = (task.id for task in sorted(store.tasks(), key=lambda one: "555" not in str(one.messages)))
+        assert claim["unused"] == [spoilt], "every id, for lineage and for forgetting"
+        assert [task.id for task in store.trace(result.run_id).came_from] == [used]
+        assert store.erase(owner="ada").tasks_emptied == 2
+        assert [run.task_ids for run in store.unswept().runs] == [[used]]

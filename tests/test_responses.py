@@ -204,7 +204,7 @@ async def test_deleting_takes_the_turn_its_task_and_its_title_and_waits_for_an_a
         "id": judged.id,
         "object": "response",
         "deleted": True,
-        "whetstone": {"tasks_deleted": 1, "tasks_kept": 0, "versions_tainted": []},
+        "whetstone": {"tasks_deleted": 1, "tasks_kept": 0, "versions_tainted": [], "note": ""},
     }
     (left,) = served.store.turns()
     assert left.id == child.whetstone["turn_id"]

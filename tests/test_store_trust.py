@@ -155,7 +155,7 @@ def test_a_person_decides_and_takes_it_back(store: Store) -> None:
         store.review("0123")
     done = [(entry.who, entry.action, entry.subject) for entry in store.audit_log("review")]
     assert done == [("root", f"review.{what}", review.id) for what in ("withdraw", "reject", "accept")]
-    assert store.audit_log("review.accept")[0].detail == {"gold": "2", "reason": "looked it up"}
+    assert store.audit_log("review.accept")[0].detail["reason"] == "looked it up"
 
 
 def lie(store: Store, owner: str, times: int, start: int = 0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -96,7 +97,9 @@ def forget(
         is_conversation = re.fullmatch(r"conv_\w+", what) is not None
 
         def erase(dry: bool) -> Erased:
-            return store.erase(conversation=what, dry_run=dry) if is_conversation else _erase_owners(store, what, dry)
+            if is_conversation:
+                return store.erase(conversation=what, dry_run=dry, who=getpass.getuser())
+            return _erase_owners(store, what, dry)
 
         plan = erase(True)
         if not dry_run and not yes:
@@ -172,7 +175,7 @@ def _erase_owners(store: Store, name: str, dry_run: bool) -> Erased:
     total, known = Erased(dry_run=dry_run), False
     for owner in _owners(store, name):
         try:
-            total.add(store.erase(owner=owner, dry_run=dry_run))
+            total.add(store.erase(owner=owner, dry_run=dry_run, who=getpass.getuser()))
             known = True
         except NotFound:  # a key with which nothing was said
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -54,7 +55,7 @@ def use_version(
     """Put a published version in service: the way back, too. A running server follows within about a second."""
     with console.opened_store() as store:
         _check(store, version)
-        moved = store.set_current(version, reason, move_conversations)
+        moved = store.set_current(version, reason, move_conversations, who=getpass.getuser())
     console.out.print(f"[bold]{version}[/] is in service.{_moved(moved)}")
 
 
@@ -81,7 +82,7 @@ def promote(version: AVersion, reason: Reason = "promoted by hand") -> None:
     """Put the version that was tried in service, for everybody; conversations under way stay where they are."""
     with console.opened_store() as store:
         _check(store, version)
-        store.set_current(version, reason)
+        store.set_current(version, reason, who=getpass.getuser())
     console.out.print(f"[bold]{version}[/] is in service.")
 
 
@@ -98,7 +99,7 @@ def canary(
     with console.opened_store() as store:
         if share:
             _check(store, version)
-        moved = store.set_canary(version, share, reason, move_conversations)
+        moved = store.set_canary(version, share, reason, move_conversations, who=getpass.getuser())
     tried = f"is tried on {share:.1%} of the owners." if share else f"isn't on trial any more.{_moved(moved)}"
     console.out.print(f"[bold]{version}[/] {tried}")
 

@@ -97,11 +97,12 @@ def router(service: Service, settings: Settings) -> APIRouter:
     async def delete(response_id: str, request: Request) -> dict[str, Any]:
         def erase() -> dict[str, Any]:
             gone = service.store.erase_turn(found(response_id, request.state.owner).id)
-            sweep(service.store, settings.home, service.workspaces, vacuum=False)
+            swept = sweep(service.store, settings.home, service.workspaces, vacuum=False)
             kept = {
                 "tasks_deleted": gone.tasks_deleted + gone.tasks_emptied,
                 "tasks_kept": gone.tasks_kept,
                 "versions_tainted": gone.tainted,
+                "note": f"Not finished: {swept.unfinished}" if swept.unfinished else "",
             }
             return {"id": response_id, "object": "response", "deleted": True, "whetstone": kept}
 

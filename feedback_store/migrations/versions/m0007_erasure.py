@@ -112,6 +112,7 @@ def _make_tombstones() -> None:
         sa.Column("owner_hash", sa.String(length=64), nullable=False),
         sa.Column("taints", sa.Boolean(), nullable=False),
         sa.Column("at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("swept_at", sa.DateTime(timezone=True), nullable=True),
         sa.ForeignKeyConstraint(["run_id"], ["runs.id"], name=op.f("fk_erased_uses_run_id_runs")),
         sa.ForeignKeyConstraint(["task_id"], ["tasks.id"], name=op.f("fk_erased_uses_task_id_tasks")),
         sa.ForeignKeyConstraint(
@@ -121,6 +122,12 @@ def _make_tombstones() -> None:
     )
     for column in ("run_id", "task_id", "conversation_id", "owner_hash"):
         op.create_index(op.f(f"ix_erased_uses_{column}"), "erased_uses", [column])
+    op.create_table(
+        "erased_results",
+        sa.Column("hash", sa.String(length=64), nullable=False),
+        sa.Column("at", sa.DateTime(timezone=True), nullable=False),
+        sa.PrimaryKeyConstraint("hash", name=op.f("pk_erased_results")),
+    )
 
 
 def _index_turns(connection: sa.Connection) -> None:
