@@ -31,6 +31,7 @@ WITHIN = 120  # seconds, of anything here, on a busy machine
 class Impatient(PatientH11):
     seconds = 0.5
     bytes_per_second = 1000.0
+    reading_seconds = 0.5
 
 
 @dataclass
@@ -49,10 +50,16 @@ class Answer:
 
 @asynccontextmanager
 async def serving(
-    base: BaseModel, home: Path, http: type[PatientH11] = PatientH11, max_answers: int = 64
+    base: BaseModel,
+    home: Path,
+    http: type[PatientH11] = PatientH11,
+    max_answers: int = 64,
+    kernel_holds: int | None = None,
 ) -> AsyncIterator[Served]:
     settings = Settings(home=home, shutdown_seconds=5)
     listening = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    if kernel_holds is not None:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, kernel_holds)  # each connection has it from here
     with Store.open(home / "store.db") as store:
         service, engine = make_service(base, store, max_answers)
         config = uvicorn_config(create_app(service, settings), settings)
@@ -68,6 +75,15 @@ async def serving(
 
 async def connect(served: Served) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     return await asyncio.open_connection("127.0.0.1", served.port)
+
+
+async def small_buffered(served: Served) -> socket.socket:
+    """A connection that holds little of what isn't read."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    client.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", served.port))
+    return client
 
 
 def asking(body: dict[str, Any]) -> bytes:
@@ -177,6 +193,29 @@ async def test_a_steady_client_has_the_time_that_it_takes(base: BaseModel, tmp_p
                 await asyncio.sleep(0.12)
             assert (await answered(reader)).status == 200
         writer.close()
+
+
+async def test_those_who_do_not_read_lose_their_places(base: BaseModel, tmp_path: Path) -> None:
+    """Two clients with all places and full buffers are cut off; whoever reads, at its pace, gets the whole answer."""
+    body = {**HELLO, "stream": True, "n": 2, "logprobs": True, "top_logprobs": 2, "max_tokens": 1500}
+    async with asyncio.timeout(WITHIN), serving(base, tmp_path, Impatient, max_answers=4, kernel_holds=4096) as served:
+        served.engine.script = lambda _: "<answer>" + "word " * 1200 + "</answer>"
+        stuck = [await small_buffered(served) for _ in range(2)]
+        for client in stuck:
+            await asyncio.get_running_loop().sock_sendall(client, asking(body))
+        await until(lambda: served.store.stats()["turns"] == {"cancelled": 4}, WITHIN)
+        reader, writer = await asyncio.open_connection(sock=await small_buffered(served), limit=4096)
+        writer.write(asking(body))
+        read = b""
+        while piece := await reader.read(32_768):
+            read += piece
+            if read.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+                break
+            await asyncio.sleep(0.005)
+        assert len(read) > 100_000
+        writer.close()
+        for client in stuck:
+            client.close()
 
 
 async def test_too_large_a_head_is_refused(base: BaseModel, tmp_path: Path) -> None:

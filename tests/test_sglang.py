@@ -200,6 +200,25 @@ async def test_a_worker_that_lost_swapped_weights_is_caught_and_given_them(clust
     assert (await collect(engine, ask("w1")))[0]
 
 
+async def test_a_server_that_was_left_paused_is_told_to_go_on(home):
+    """By a Whetstone that was killed in mid-swap, before this one starts and under it."""
+    patience = replace(PATIENCE, silence=2)
+    server = RecordedSGLang(home / "base")
+    with served(server.app()) as url:
+        async with httpx.AsyncClient(base_url=url, headers={"Authorization": "Bearer secret"}) as admin:
+            (await admin.post("/pause_generation", json={})).raise_for_status()
+            engine = SGLangEngine([url], "secret", patience=patience)
+            await engine.start()
+            await engine.load("base", None)
+            assert (await collect(engine, ask()))[0]
+            (await admin.post("/pause_generation", json={})).raise_for_status()
+            with pytest.raises(EngineError, match="said nothing"):
+                await collect(engine, ask())
+            await until(lambda: not engine.workers[0].problem)
+            assert (await collect(engine, ask()))[0]
+            await engine.close()
+
+
 async def test_a_stop_string_may_hold_a_line_break_that_only_unicode_has(cluster):
     """U+2028 stands as it is in the events: split there, they would be no JSON."""
     engine, [server] = await cluster()

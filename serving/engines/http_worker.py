@@ -24,6 +24,10 @@ class WorkerFailed(EngineError):
     """A server can't be reached, hangs or answers nonsense. Another one may answer instead."""
 
 
+class Silent(WorkerFailed):
+    """A server took a request and doesn't answer it: it hangs, or is paused."""
+
+
 class Refused(EngineError):
     """A server understood the request and won't do it."""
 
@@ -88,6 +92,10 @@ class HttpWorker(ABC):
         """Ask whether it is well. Raises WorkerFailed when it doesn't say so."""
         await self._call("GET", "/health", seconds=30)
 
+    async def wake(self) -> bool:
+        """Let one go on that was left paused, where a server can be; whether it was asked to."""
+        return False
+
     async def adapters(self) -> dict[str, str]:
         """The adapters that it holds: path by name."""
         with self._failures():
@@ -139,7 +147,7 @@ class HttpWorker(ABC):
         try:
             while not (await asyncio.wait({task}, timeout=self._patience.silence))[0]:
                 if not self.paused:
-                    raise WorkerFailed(f"{self.name} at {self.url} has said nothing for {self._patience.silence:g} s.")
+                    raise Silent(f"{self.name} at {self.url} has said nothing for {self._patience.silence:g} s.")
             return task.result()
         finally:
             if not task.done():
@@ -164,6 +172,8 @@ class HttpWorker(ABC):
     def _failures(self) -> Iterator[None]:
         try:
             yield
+        except httpx.ReadTimeout as error:
+            raise Silent(f"{self.name} at {self.url} says nothing (ReadTimeout). Does it hang?") from error
         except httpx.HTTPError as error:
             told = str(error) or type(error).__name__
             raise WorkerFailed(f"{self.name} at {self.url} can't be used ({told}). Is it running?") from error

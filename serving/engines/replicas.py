@@ -26,7 +26,7 @@ from serving.engines.base import (
     WeightsRefused,
 )
 from serving.engines.checks import check_adapter, vocabulary
-from serving.engines.http_worker import AdapterGone, Description, HttpWorker, Patience, Refused, WorkerFailed
+from serving.engines.http_worker import AdapterGone, Description, HttpWorker, Patience, Refused, Silent, WorkerFailed
 from serving.engines.users import Users
 
 log = logging.getLogger(__name__)
@@ -275,7 +275,9 @@ class Replicas(ABC, Generic[W, D]):
                 continue
             if worker.problem and worker is not self._router:
                 with contextlib.suppress(EngineError):
-                    await worker.look()  # first without the lock: one that hangs must not hold up a load
+                    await self._roused(
+                        worker, worker.look
+                    )  # first without the lock: one that hangs must not hold up a load
                     async with self.changing:
                         await self._bring_up(worker)
                 if not worker.problem:
@@ -294,25 +296,39 @@ class Replicas(ABC, Generic[W, D]):
     async def _bring_up(self, worker: W) -> None:
         """Meet a worker and give it the versions that it lacks; `problem` then says whether it can be used."""
         try:
-            await worker.look()
-            described = await self.describe(worker)
-            if self.description is None:
-                self.description = self.meet(described)
-                self._vocabulary = vocabulary(self.description.model_path)
-            self.compare(worker, described)
-            self.probed(worker, described, await self._check_logprobs(worker))
-            there = await worker.adapters()
-            wanted = {v: str(s.adapter.absolute()) for v, s in self.versions.items() if s.adapter is not None}
-            for version in there.keys() & wanted.keys():
-                if there[version] != wanted[version]:
-                    await worker.unload_adapter(version)
-                    del there[version]
-            for version in wanted.keys() - there.keys():
-                await worker.load_adapter(version, wanted[version])
+            await self._roused(worker, lambda: self._acquaint(worker))
         except EngineError as error:
             worker.problem = str(error)
         else:
             worker.problem, worker.missed = "", 0
+
+    async def _roused(self, worker: W, step: Callable[[], Awaitable[None]]) -> None:
+        """One that says nothing may have been left paused: it is woken, and asked once more. It isn't woken before,
+        since another process may be changing its weights."""
+        try:
+            await step()
+        except Silent:
+            if worker.paused or not await worker.wake():
+                raise
+            log.warning("the %s worker %s said nothing and was told to go on", self.name, worker.url)
+            await step()
+
+    async def _acquaint(self, worker: W) -> None:
+        await worker.look()
+        described = await self.describe(worker)
+        if self.description is None:
+            self.description = self.meet(described)
+            self._vocabulary = vocabulary(self.description.model_path)
+        self.compare(worker, described)
+        self.probed(worker, described, await self._check_logprobs(worker))
+        there = await worker.adapters()
+        wanted = {v: str(s.adapter.absolute()) for v, s in self.versions.items() if s.adapter is not None}
+        for version in there.keys() & wanted.keys():
+            if there[version] != wanted[version]:
+                await worker.unload_adapter(version)
+                del there[version]
+        for version in wanted.keys() - there.keys():
+            await worker.load_adapter(version, wanted[version])
 
     def meet(self, described: D) -> D:
         """What the first worker says, as replicas are to be compared with it."""

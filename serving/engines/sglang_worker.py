@@ -71,6 +71,11 @@ class Worker(HttpWorker):
     async def resume(self) -> None:
         await self._control("/continue_generation", {})
 
+    async def wake(self) -> bool:
+        """One whose Whetstone ended in mid-swap waits for this for ever."""
+        await self._call("POST", "/continue_generation", {}, self._patience.silence)
+        return True
+
     async def update_weights(self, path: str, label: str) -> None:
         await self._control(
             "/update_weights_from_disk", {"model_path": path, "weight_version": label, "flush_cache": True}
