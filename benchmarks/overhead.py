@@ -276,6 +276,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--trial", action="store_true", help="a twelfth of the answers: to see that it runs")
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     if args.rounds < 2:
         parser.error("an interval takes two rounds at least")
     if args.trial:

@@ -213,6 +213,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--minutes", type=float, default=10.0, help="after which no round begins, but the first")
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if args.seconds < 2 * args.every:
         parser.error(

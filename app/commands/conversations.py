@@ -48,7 +48,7 @@ def list_conversations(
         return
     rows = [(one.id, one.owner, one.turns, one.updated_at, excerpts.get(one.id, one.title)) for one in found]
     columns = ("conversation", "owner", "turns", "last used", "found" if search else "title")
-    console.table("Conversations", columns, rows, "There is no such conversation.", "conversation")
+    console.table("Conversations", columns, rows, "There is no conversation, or none that fits.", "conversation")
 
 
 @conversations.command("show")
