@@ -19,6 +19,8 @@ from app.api.streaming import sse
 from app.service import Service
 from app.settings import Settings
 from feedback_store import Store, StoreError
+from serving.engines.base import EngineError
+from serving.manifest import CorruptVersion
 from serving.model import BaseModel
 from tests.fakes import ScriptedEngine, make_service
 
@@ -261,15 +263,36 @@ async def test_an_engine_that_dies_midway_ends_the_stream_with_an_error(world: W
     assert "died in the middle" in turn.error
 
 
-async def test_a_store_that_fails_is_503_and_says_what_to_do(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_store_that_fails_is_503_and_tells_the_log_why(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def full(*_: object, **__: object) -> str:
-        raise StoreError("The store x: the disk is full. To go on: free some space.")
+        raise StoreError("The store /srv/x.db: the disk is full. To go on: free some space.")
 
     monkeypatch.setattr(world.store, "begin_turn", full)
     response = await world.chat(HELLO)
     assert response.status_code == 503
-    assert "free some space" in response.json()["error"]["message"]
+    assert "/srv" not in response.text, "where the store lies is nothing for clients"
+    assert "free some space" in caplog.text
     assert world.service.router.leases == 0  # type: ignore[attr-defined]
+
+
+async def test_a_corrupt_version_is_told_as_one_and_its_place_only_to_the_log(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def corrupt(*_: object) -> None:
+        try:
+            raise CorruptVersion("/srv/versions/v0/adapter.safetensors was altered.")
+        except CorruptVersion as error:
+            raise EngineError(str(error)) from error
+        yield
+
+    monkeypatch.setattr(world.engine, "generate", corrupt)
+    response = await world.chat(HELLO)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "version_corrupt")
+    assert "retry-after" not in response.headers
+    assert "/srv" not in response.text
+    assert "/srv/versions" in caplog.text
 
 
 async def test_too_many_answers_at_once_is_429(world: World) -> None:

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from app.service import Overloaded, ToolClash
-from feedback_store import NotFound, StoreError
+from feedback_store import InvalidRecord, NotFound, StoreError
 from online_rl.verifiers import BadGold, UnknownVerifier
 from serving.agent import ToolsTooLong
 from serving.engines.base import EngineError, GrammarFailed, PromptTooLong, UnknownVersion, WeightsRefused
@@ -91,10 +91,14 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(404, str(error), "not_found")
         case StoreError():
             log.error("the store failed: %s", error)
-            return ApiError(503, f"{error} Nothing is answered while it can't be recorded.", "store_unavailable")
-        case CorruptVersion():
+            told = "The record can't be used, and nothing is answered without it. The server's log says why."
+            if isinstance(error, InvalidRecord):  # of what was asked, not of where the store lies
+                told = str(error)
+            return ApiError(503, told, "store_unavailable")
+        case CorruptVersion() | EngineError(__cause__=CorruptVersion()):
             log.error("a version can't be loaded: %s", error)
-            return ApiError(503, str(error), "version_corrupt", "model")
+            told = "This version's files aren't what was published: it can't be loaded. The server's log says why."
+            return ApiError(503, told, "version_corrupt", "model")
         case EngineError():
             log.error("the engine failed: %s", error)
             return ApiError(503, str(error), "engine_unavailable", headers=_RETRY)

@@ -275,9 +275,8 @@ class Replicas(ABC, Generic[W, D]):
                 continue
             if worker.problem and worker is not self._router:
                 with contextlib.suppress(EngineError):
-                    await self._roused(
-                        worker, worker.look
-                    )  # first without the lock: one that hangs must not hold up a load
+                    # First without the lock: one that hangs must not hold up a load.
+                    await self._roused(worker, worker.look)
                     async with self.changing:
                         await self._bring_up(worker)
                 if not worker.problem:
