@@ -405,7 +405,7 @@ async def test_a_killed_zygote_is_started_anew(make: Make, which: str) -> None:
     assert (await backend.run("6 * 7")).text == "42\n"
     assert (await backend.run("'x' in globals()", session="s")).text == "False\n"
     await until(lambda: not old & descendants(os.getpid()))
-    assert len(descendants(os.getpid())) <= rest.processes + 2
+    await until(lambda: len(descendants(os.getpid())) <= rest.processes + 2)  # one more is let go in its own time
     old = descendants(os.getpid())
     os.kill(zygote(), signal.SIGKILL)  # while nothing runs
     await until(lambda: not any(alive(pid) for pid in old))
