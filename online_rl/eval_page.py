@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -105,38 +105,43 @@ def _cut(text: str, limit: int) -> str:
     return flat if len(flat) <= limit else f"{flat[: limit - 1]}…"
 
 
-def _accuracy_plot(rows: Mapping[str, Sequence[Slice]]) -> str:
+Draw = Callable[[Any, Sequence[Slice], list[float], float, str, str], None]
+"""`draw(axes, slices, places, height, version, colour)`: one version's bars."""
+
+
+def _bars(rows: Mapping[str, Sequence[Slice]], draw: Draw, what: str, **axis: Any) -> str:
+    """A bar for each kind and version."""
     plt = _pyplot()
     kinds = [row.kind for row in next(iter(rows.values()))]
     figure, axes = plt.subplots(figsize=(8, 0.45 * len(kinds) * len(rows) + 1.4), layout="constrained")
     height = 0.8 / len(rows)
     for number, (version, its) in enumerate(rows.items()):
         places = [index + number * height for index in range(len(its))]
-        spread = [[max(0.0, row.accuracy - row.interval[0]) for row in its],
-                  [max(0.0, row.interval[1] - row.accuracy) for row in its]]  # fmt: skip
-        axes.barh(places, [row.accuracy for row in its], height, color=_COLOURS[number], label=version,
-                  xerr=spread, error_kw={"ecolor": "#444", "capsize": 3, "linewidth": 1})  # fmt: skip
+        draw(axes, its, places, height, version, _COLOURS[number])
     axes.set_yticks([index + 0.4 - height / 2 for index in range(len(kinds))], kinds)
     axes.invert_yaxis()
-    axes.set(xlim=(0, 1), xlabel="accuracy, with 95 % intervals")
-    return _shown(plt, figure, axes, "accuracy by kind")
+    axes.set(**axis)
+    return _shown(plt, figure, axes, what)
+
+
+def _accuracy_plot(rows: Mapping[str, Sequence[Slice]]) -> str:
+    def draw(axes: Any, its: Sequence[Slice], places: list[float], height: float, version: str, colour: str) -> None:
+        spread = [[max(0.0, row.accuracy - row.interval[0]) for row in its],
+                  [max(0.0, row.interval[1] - row.accuracy) for row in its]]  # fmt: skip
+        axes.barh(places, [row.accuracy for row in its], height, color=colour, label=version,
+                  xerr=spread, error_kw={"ecolor": "#444", "capsize": 3, "linewidth": 1})  # fmt: skip
+
+    return _bars(rows, draw, "accuracy by kind", xlim=(0, 1), xlabel="accuracy, with 95 % intervals")
 
 
 def _behaviour_plot(rows: Mapping[str, Sequence[Slice]]) -> str:
-    plt = _pyplot()
-    kinds = [row.kind for row in next(iter(rows.values()))]
-    figure, axes = plt.subplots(figsize=(8, 0.45 * len(kinds) * len(rows) + 1.4), layout="constrained")
-    height = 0.8 / len(rows)
-    for number, (version, its) in enumerate(rows.items()):
-        places = [index + number * height for index in range(len(its))]
+    def draw(axes: Any, its: Sequence[Slice], places: list[float], height: float, version: str, colour: str) -> None:
         calls = [row.calls_per_answer for row in its]
         useless = [row.calls_per_answer * (row.useless_calls or 0.0) for row in its]
-        axes.barh(places, calls, height, color=_COLOURS[number], alpha=0.45, label=f"{version}: calls")
-        axes.barh(places, useless, height, color=_COLOURS[number], hatch="///", label=f"{version}: of these useless")
-    axes.set_yticks([index + 0.4 - height / 2 for index in range(len(kinds))], kinds)
-    axes.invert_yaxis()
-    axes.set(xlabel="tool calls per answer")
-    return _shown(plt, figure, axes, "tool calls by kind")
+        axes.barh(places, calls, height, color=colour, alpha=0.45, label=f"{version}: calls")
+        axes.barh(places, useless, height, color=colour, hatch="///", label=f"{version}: of these useless")
+
+    return _bars(rows, draw, "tool calls by kind", xlabel="tool calls per answer")
 
 
 def _latency_plot(measured: Measured) -> str:

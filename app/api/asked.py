@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.api.errors import ApiError
-from app.api.schema import ChatRequest, FunctionIn, FunctionName, JsonSchemaFormat, MessageIn, NamedChoice
+from app.api.schema import ChatRequest, FunctionIn, FunctionName, JsonSchemaFormat, MessageIn, Metadata, NamedChoice
+from app.service import Question
 from app.settings import Settings
 from serving.dialects.base import BARE
 from serving.engines.base import Sampling
@@ -115,6 +116,37 @@ def to_sampling(
         top_p=settings.top_p if top_p is None else top_p,
         max_tokens=min(max_tokens or settings.max_tokens, settings.max_tokens),
         seed=None if seed is None else seed % _SEEDS,
+    )
+
+
+def make_question(
+    settings: Settings,
+    owner: str,
+    request_id: str,
+    model: str,
+    metadata: Metadata | None,
+    *,
+    messages: list[dict[str, Any]],
+    sampling: Sampling,
+    terms: Terms,
+    conversation_id: str | None = None,
+    response: Mapping[str, Any] | None = None,
+) -> Question:
+    """What both routes ask of the service: `metadata` says the same on each. `conversation_id` wins over its own."""
+    said = metadata or Metadata()
+    return Question(
+        owner=owner,
+        messages=messages,
+        sampling=sampling,
+        conversation_id=conversation_id or said.conversation_id,
+        version=None if model == settings.model_name else model,
+        verifier=said.verifier,
+        gold=said.gold,
+        gold_expires_at=said.gold_expires_at,
+        terms=terms,
+        server_tools=said.server_tools == "all",
+        response=response,
+        request_id=request_id,
     )
 
 

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic_core import to_json
 
 from app.api import choices, wire
-from app.api.asked import said_in_chat, to_messages, to_sampling, to_terms
+from app.api.asked import make_question, said_in_chat, to_messages, to_sampling, to_terms
 from app.api.errors import ApiError, as_api_error
 from app.api.limits import take_places
 from app.api.schema import ChatRequest
@@ -63,18 +63,15 @@ def to_question(body: ChatRequest, owner: str, settings: Settings, request_id: s
             "n",
         )
     asked = body.max_completion_tokens or body.max_tokens
-    return Question(
-        owner=owner,
+    return make_question(
+        settings,
+        owner,
+        request_id,
+        body.model,
+        metadata,
         messages=to_messages(said_in_chat(body.messages)),
         sampling=to_sampling(settings, body.temperature, body.top_p, asked, body.seed),
-        conversation_id=metadata.conversation_id if metadata else None,
-        version=None if body.model == settings.model_name else body.model,
-        verifier=metadata.verifier if metadata else None,
-        gold=metadata.gold if metadata else None,
-        gold_expires_at=metadata.gold_expires_at if metadata else None,
         terms=to_terms(body),
-        server_tools=metadata is None or metadata.server_tools == "all",
-        request_id=request_id,
     )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import getpass
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -101,12 +102,8 @@ def forget(
                 return store.erase(conversation=what, dry_run=dry, who=getpass.getuser())
             return _erase_owners(store, what, dry)
 
-        plan = erase(True)
-        if not dry_run and not yes:
-            named = f"Conversation {what}" if is_conversation else f"Owner {', '.join(_owners(store, what))}"
-            console.err.print(f"{console.escaped(named)}: {_sum(plan)}.", highlight=False)
-            typer.confirm("Erase it for good?", abort=True, err=True)
-        _finish(store, plan if dry_run else erase(False), dry_run, as_json)
+        named = f"Conversation {what}" if is_conversation else f"Owner {', '.join(_owners(store, what))}"
+        _erase(store, erase, named, "it", yes, dry_run, as_json)
 
 
 @data.command("prune")
@@ -119,11 +116,7 @@ def prune(
     """Erase conversations that are older. Versions that have learnt from them stay as they are."""
     before = _before(older_than)
     with console.opened_store() as store:
-        plan = store.expire(before, dry_run=True)
-        if not dry_run and not yes:
-            console.err.print(f"Older than {older_than}: {_sum(plan)}.", highlight=False)
-            typer.confirm("Erase them for good?", abort=True, err=True)
-        _finish(store, plan if dry_run else store.expire(before), dry_run, as_json)
+        _erase(store, partial(store.expire, before), f"Older than {older_than}", "them", yes, dry_run, as_json)
 
 
 @data.command("consent")
@@ -182,6 +175,17 @@ def _erase_owners(store: Store, name: str, dry_run: bool) -> Erased:
     if not known:
         raise NotFound("owner", name)
     return total
+
+
+def _erase(
+    store: Store, erase: Callable[[bool], Erased], named: str, it: str, yes: bool, dry_run: bool, as_json: bool
+) -> None:
+    """Counts what would go (`erase(True)`), asks unless `yes`, and does it."""
+    plan = erase(True)
+    if not dry_run and not yes:
+        console.err.print(f"{console.escaped(named)}: {_sum(plan)}.", highlight=False)
+        typer.confirm(f"Erase {it} for good?", abort=True, err=True)
+    _finish(store, plan if dry_run else erase(False), dry_run, as_json)
 
 
 def _finish(store: Store, erased: Erased, dry_run: bool, as_json: bool) -> None:

@@ -8,24 +8,18 @@ from __future__ import annotations
 from decimal import Decimal, localcontext
 
 from online_rl.verifiers.base import Score, Verifier
-from online_rl.verifiers.numbers import MAX_DIGITS, read_number
+from online_rl.verifiers.numbers import MAX_DIGITS, judge_number, read_number
 
 RELATIVE = Decimal("0.05")
 
 
 def judge(gold: str, answer: str, _tool_calls: int = 0) -> Score:
     """1 when the answer commits to a number less than 5 % from the gold; of a gold of 0, to 0 itself."""
-    right = read_number(gold).value
-    if right is None:
-        return Score(0.0, f"the gold {gold[:60]!r} is not a number")
-    reading = read_number(answer)
-    if reading.value is None:
-        return Score(0.0, reading.reason)
-    with localcontext(prec=2 * MAX_DIGITS):
-        off, most = abs(reading.value - right), RELATIVE * abs(right)
-    if off < most or off == 0:
-        return Score(1.0, "within 5 % of the gold")
-    return Score(0.0, f"{reading.value:.12g} instead of {right:.12g}")
+
+    def close(off: Decimal, right: Decimal) -> bool:
+        return off < RELATIVE * abs(right) or off == 0
+
+    return judge_number(gold, answer, close, "within 5 % of the gold")
 
 
 def wrongs(gold: str) -> list[str]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
+
+from online_rl.verifiers.base import Score
 
 MAX_DIGITS = 400
 
@@ -86,3 +89,17 @@ def _numbers(text: str) -> list[Decimal] | str:
         with localcontext(prec=2 * MAX_DIGITS):  # the default of 28 digits would round long whole numbers
             found.append(sign * Decimal(re.sub(r"[^0-9.]", "", digits)).scaleb(power))
     return found
+
+
+def judge_number(gold: str, answer: str, close: Callable[[Decimal, Decimal], bool], why: str) -> Score:
+    """1, for the reason `why`, when the answer commits to a number that is `close` (its distance from the gold's, the
+    gold's), else 0."""
+    right = read_number(gold).value
+    if right is None:
+        return Score(0.0, f"the gold {gold[:60]!r} is not a number")
+    reading = read_number(answer)
+    if reading.value is None:
+        return Score(0.0, reading.reason)
+    with localcontext(prec=2 * MAX_DIGITS):
+        right_enough = close(abs(reading.value - right), right)
+    return Score(1.0, why) if right_enough else Score(0.0, f"{reading.value:.12g} instead of {right:.12g}")

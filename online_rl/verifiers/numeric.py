@@ -5,7 +5,7 @@ from __future__ import annotations
 from decimal import Decimal, localcontext
 
 from online_rl.verifiers.base import Score, Verifier
-from online_rl.verifiers.numbers import MAX_DIGITS, read_number
+from online_rl.verifiers.numbers import MAX_DIGITS, judge_number, read_number
 
 RELATIVE = Decimal("1e-6")
 ABSOLUTE = Decimal("1e-3")
@@ -17,19 +17,12 @@ def judge(gold: str, answer: str, _tool_calls: int = 0) -> Score:
     A whole gold is never judged relatively: 12,345,679 is a wrong count of 12,345,678. Commas between thousands,
     currency signs, percent signs and units are read over; see `read_number` for answers with several numbers.
     """
-    right = read_number(gold).value
-    if right is None:
-        return Score(0.0, f"the gold {gold[:60]!r} is not a number")
-    reading = read_number(answer)
-    if reading.value is None:
-        return Score(0.0, reading.reason)
-    with localcontext(prec=2 * MAX_DIGITS):
-        off = abs(reading.value - right)
+
+    def close(off: Decimal, right: Decimal) -> bool:
         whole = right == right.to_integral_value()
-        tolerance = ABSOLUTE if whole and "." not in gold else max(ABSOLUTE, RELATIVE * abs(right))
-    if off <= tolerance:
-        return Score(1.0, "the gold's number")
-    return Score(0.0, f"{reading.value:.12g} instead of {right:.12g}")
+        return off <= (ABSOLUTE if whole and "." not in gold else max(ABSOLUTE, RELATIVE * abs(right)))
+
+    return judge_number(gold, answer, close, "the gold's number")
 
 
 def wrongs(gold: str) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from app.api.asked import Fields, Said, checked_schema, make_terms, to_messages, to_sampling
+from app.api.asked import Fields, Said, checked_schema, make_question, make_terms, to_messages, to_sampling
 from app.api.errors import ApiError
 from app.api.responses.schema import CallItem, Content, FunctionChoice, Item, MessageItem, ResponseRequest, SchemaFormat
 from app.api.responses.wire import call_of
@@ -51,19 +51,17 @@ def to_question(
         "tools": [{"parameters": None, "strict": None} | _as_sent(tool) for tool in body.tools or ()],
         "store": body.store is not False,
     }
-    question = Question(
-        owner=owner,
+    question = make_question(
+        settings,
+        owner,
+        request_id,
+        body.model,
+        metadata,
         messages=messages,
         sampling=sampling,
-        conversation_id=before.conversation_id or (metadata.conversation_id if metadata else None),
-        version=None if body.model == settings.model_name else body.model,
-        verifier=metadata.verifier if metadata else None,
-        gold=metadata.gold if metadata else None,
-        gold_expires_at=metadata.gold_expires_at if metadata else None,
         terms=_terms(body),
-        server_tools=metadata is None or metadata.server_tools == "all",
+        conversation_id=before.conversation_id,
         response=echo if echo["store"] else None,
-        request_id=request_id,
     )
     return question, echo
 
